@@ -1,0 +1,3 @@
+//! The graph executor of transfusion. It knows no transformer.
+
+pub mod random;

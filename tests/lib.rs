@@ -1,0 +1,1 @@
+//! Integration tests of transfusion, grouped by what they need.
