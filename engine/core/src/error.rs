@@ -3,7 +3,7 @@ use crate::{op::Kind, tensor::Spec};
 use std::{fmt, panic::Location, path::PathBuf};
 
 /// The result of everything in this crate that can fail.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong, by the stage that notices.
 #[derive(Clone, Debug)]

@@ -210,11 +210,6 @@ impl<'a> View<'a> {
             View::U8(v) => v,
         }
     }
-
-    /// The integers, if that is what it holds.
-    pub fn i32(&self) -> Option<&'a [i32]> {
-        if let View::I32(v) = self { Some(v) } else { None }
-    }
 }
 
 impl ViewMut<'_> {
@@ -254,6 +249,31 @@ impl ViewMut<'_> {
             ViewMut::U8(v) => v,
         }
     }
+}
+
+/// An op's input as `eval` sees it; empty where an output replaces it.
+#[derive(Clone, Copy, Debug)]
+pub struct In<'a> {
+    /// Extents.
+    pub shape: Shape,
+    /// Elements.
+    pub data: View<'a>,
+}
+
+impl<'a> In<'a> {
+    /// The elements of an integer operand; none of another.
+    pub fn i32(&self) -> &'a [i32] {
+        if let View::I32(v) = self.data { v } else { &[] }
+    }
+}
+
+/// An op's output as `eval` sees it.
+#[derive(Debug)]
+pub struct Out<'a> {
+    /// Extents.
+    pub shape: Shape,
+    /// Elements.
+    pub data: ViewMut<'a>,
 }
 
 /// A tensor's elements, owned by the host: what is written to and read from devices.

@@ -1,0 +1,51 @@
+//! What ops compute with on the CPU: a real number type, chunks that do not depend on the number of
+//! threads, vector instructions chosen at run time, and matrix products.
+//!
+//! Every sum is taken in an order fixed by the shapes alone, so results have the same bits with any
+//! number of threads.
+mod matmul;
+mod real;
+
+pub use matmul::{Mat, matmul, matmul_block, piece_rows};
+pub use real::{LANES, Real, axpy, dot, sum};
+
+use std::sync::Mutex;
+
+/// What [`crate::op::Op::eval`] may use beside its operands.
+#[derive(Debug, Default)]
+pub struct Cpu {
+    spare: Mutex<Vec<Vec<u64>>>,
+}
+
+impl Cpu {
+    /// Lends `len` reals of scratch memory with arbitrary contents. Buffers are kept, so that a
+    /// plan that has run once allocates nothing more.
+    pub fn scratch<T: Real, R>(&self, len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
+        let words = (len * size_of::<T>()).div_ceil(8);
+        let mut buffer = self.lock().pop().unwrap_or_default();
+        if buffer.len() < words {
+            buffer.resize(words, 0);
+        }
+        let r = f(&mut bytemuck::cast_slice_mut::<u64, T>(&mut buffer)[..len]);
+        self.lock().push(buffer);
+        r
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u64>>> {
+        self.spare.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Runs `f` with the widest vector instructions that this processor has.
+#[inline(always)]
+pub fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || f(),
+    )
+}
+
+/// How many rows of `width` elements one parallel chunk takes: about 16 k elements.
+pub fn chunk_rows(width: usize) -> usize {
+    (16 * 1024 / width.max(1)).max(1)
+}

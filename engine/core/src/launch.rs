@@ -1,0 +1,124 @@
+//! What a GPU runs, as data: computed once when a graph is planned, replayed every step.
+
+/// What one node costs: the two axes of the roofline.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations; a multiply-add counts two.
+    pub flops: u64,
+    /// Bytes read and written, each operand once.
+    pub bytes: u64,
+}
+
+/// The machine a plan is lowered for. A constant, so that every launch can be computed, printed and
+/// checked without that machine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// Name for listings.
+    pub name: &'static str,
+    /// Architecture directory of the kernels: `sm_80`, `sm_90a`.
+    pub arch: &'static str,
+    /// Streaming multiprocessors.
+    pub sms: u32,
+    /// Shared memory that one block may use, bytes.
+    pub shared: u32,
+    /// Level-2 cache, bytes.
+    pub l2: u64,
+    /// Peak dense bf16 rate, FLOP/s.
+    pub peak: f64,
+}
+
+impl Target {
+    /// NVIDIA H200 SXM.
+    pub const H200: Target = Target {
+        name: "H200",
+        arch: "sm_90a",
+        sms: 132,
+        shared: 227 * 1024,
+        l2: 60 * 1024 * 1024,
+        peak: 989e12,
+    };
+}
+
+/// Which operand of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// Input, by position.
+    In(usize),
+    /// Output, by position.
+    Out(usize),
+    /// Scratch buffer of this node, by position.
+    Scratch(usize),
+}
+
+/// The geometry of a tensor map (a TMA descriptor), which the device encodes when it knows the address.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Geometry {
+    /// Bytes of one element: 2 for bf16, 4 for f32.
+    pub element: u32,
+    /// Extents, innermost first.
+    pub extents: Vec<u64>,
+    /// Byte strides of every dimension but the innermost.
+    pub strides: Vec<u64>,
+    /// The box that one copy moves, innermost first.
+    pub tile: Vec<u32>,
+    /// Shared-memory swizzle in bytes: 0, 32, 64 or 128.
+    pub swizzle: u32,
+}
+
+/// One argument of a kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arg {
+    /// Address of an operand plus a byte offset.
+    Address(Operand, u64),
+    /// A 32-bit size.
+    U32(u32),
+    /// A 64-bit size.
+    U64(u64),
+    /// A scalar.
+    F32(f32),
+    /// A tensor map over an operand.
+    Map(Operand, Geometry),
+}
+
+/// One thing that a GPU does.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Launch {
+    /// Runs a kernel.
+    Kernel {
+        /// Entry point, `op_pass[_variant]_dtype`.
+        entry: String,
+        /// Blocks.
+        grid: [u32; 3],
+        /// Threads of a block.
+        block: [u32; 3],
+        /// Blocks of a cluster.
+        cluster: [u32; 3],
+        /// Dynamic shared memory, bytes.
+        shared: u32,
+        /// Outputs, inputs, sizes, scalars.
+        args: Vec<Arg>,
+    },
+    /// Sets every byte of an operand.
+    Fill {
+        /// What is filled.
+        what: Operand,
+        /// The byte.
+        byte: u8,
+    },
+    /// Copies one operand over another of the same size.
+    Copy {
+        /// Source.
+        from: Operand,
+        /// Destination.
+        to: Operand,
+    },
+}
+
+/// A node, lowered: the scratch buffers it wants and what it launches.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Kernels {
+    /// Bytes of each scratch buffer.
+    pub scratch: Vec<usize>,
+    /// In order.
+    pub launches: Vec<Launch>,
+}

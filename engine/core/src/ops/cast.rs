@@ -1,0 +1,111 @@
+//! The same numbers in another float type, or in memory of their own; and the same memory under
+//! another shape.
+use super::prelude::*;
+
+#[derive(Debug)]
+struct Cast {
+    to: DType,
+}
+
+#[derive(Debug)]
+struct Reshape {
+    to: Shape,
+}
+
+impl Graph {
+    /// `x` as floats of type `to`, rounded to nearest; a copy where it has that type.
+    #[track_caller]
+    pub fn cast(&mut self, x: Tensor, to: DType) -> Tensor {
+        self.push::<1>(Cast { to }, &[x])[0]
+    }
+
+    /// The same elements under another shape; nothing moves.
+    #[track_caller]
+    pub fn reshape(&mut self, x: Tensor, to: impl Into<Shape>) -> Tensor {
+        self.push::<1>(Reshape { to: to.into() }, &[x])[0]
+    }
+}
+
+impl Op for Cast {
+    fn name(&self) -> &'static str {
+        "cast"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [x] = operands(ins)?;
+        floats(&[x, Spec::new(x.shape, self.to)])?;
+        Ok(vec![Spec::new(x.shape, self.to)])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        match (ins[0].data, &mut outs[0].data) {
+            (View::F32(x), ViewMut::F32(y)) => y.copy_from_slice(x),
+            (View::F64(x), ViewMut::F64(y)) => y.copy_from_slice(x),
+            (View::F32(x), ViewMut::F64(y)) => y.iter_mut().zip(x).for_each(|(y, x)| *y = f64::from(*x)),
+            (View::F64(x), ViewMut::F32(y)) => y.iter_mut().zip(x).for_each(|(y, x)| *y = *x as f32),
+            _ => {}
+        }
+    }
+
+    fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
+        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived")]) };
+        let from = g.spec(n.ins[0]).dtype;
+        Ok(vec![Grad::To(if from == self.to { dy } else { g.cast(dy, from) })])
+    }
+}
+
+impl Op for Reshape {
+    fn name(&self) -> &'static str {
+        "reshape"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [x] = operands(ins)?;
+        if x.shape.numel() != self.to.numel() {
+            return Err(format!(
+                "{x:?} has {} elements, {:?} has {}",
+                x.shape.numel(),
+                self.to,
+                self.to.numel()
+            ));
+        }
+        Ok(vec![Spec::new(self.to, x.dtype)])
+    }
+
+    fn eval(&self, _: &[In<'_>], _: &mut [Out<'_>], _: &Cpu) {}
+
+    fn cost(&self, _: &[Spec], _: &[Spec]) -> Cost {
+        Cost::default()
+    }
+
+    fn memory(&self, _: usize) -> Memory {
+        Memory::View { input: 0, offset: 0 }
+    }
+
+    fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
+        let from = g.spec(n.ins[0]).shape;
+        let stop = Grad::Stop("no gradient arrived");
+        Ok(vec![d[0].map_or(stop, |dy| Grad::To(g.reshape(dy, from)))])
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("cast", "copy", |g, x| {
+            let dtype = g.spec(x[0]).dtype;
+            vec![g.cast(x[0], dtype)]
+        })
+        .normal([3, 7]),
+        Case::new("cast", "to the accumulator type", |g, x| {
+            let dtype = g.spec(x[0]).dtype.accumulator();
+            vec![g.cast(x[0], dtype)]
+        })
+        .normal([3, 7]),
+        Case::new("reshape", "folded", |g, x| {
+            let y = g.reshape(x[0], [6, 5]);
+            vec![g.add(y, x[1])]
+        })
+        .normal([2, 3, 5])
+        .normal([6, 5]),
+    ]
+}

@@ -1,0 +1,258 @@
+//! `y = act(x w^T + bias) + residual`: every matrix product of the model. Fusion is said, not found:
+//! what follows the product is its [`Epilogue`].
+use super::{
+    add::column_sum,
+    prelude::*,
+    swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_row},
+};
+
+/// What is applied to the product.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    #[default]
+    None,
+    /// `silu`.
+    Silu,
+    /// SwiGLU over interleaved gate and up: halves the width.
+    SwiGlu,
+}
+
+/// What follows a matrix product, in this order.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Epilogue {
+    /// `[M]`, added to every row of the product.
+    pub bias: Option<Tensor>,
+    /// Then this.
+    pub activation: Activation,
+    /// Added at last; of the result's shape.
+    pub residual: Option<Tensor>,
+}
+
+#[derive(Debug)]
+struct Linear {
+    bias: bool,
+    activation: Activation,
+    residual: bool,
+}
+
+/// `dx = dy w`.
+#[derive(Debug)]
+struct LinearDx;
+
+/// `dw = dy^T x`, added to an accumulator where there is one.
+#[derive(Debug)]
+struct LinearDw {
+    accumulate: bool,
+}
+
+impl Graph {
+    /// `x [N, K]` times the transpose of `w [M, K]`, and what follows it: `[N, M]`, or `[N, M / 2]`
+    /// after SwiGLU.
+    #[track_caller]
+    pub fn linear(&mut self, x: Tensor, w: Tensor, e: Epilogue) -> Tensor {
+        let op = Linear { bias: e.bias.is_some(), activation: e.activation, residual: e.residual.is_some() };
+        let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).collect();
+        match e.activation {
+            Activation::None => self.push::<1>(op, &ins)[0],
+            _ => self.push::<2>(op, &ins)[0],
+        }
+    }
+}
+
+impl Linear {
+    /// Position of the residual among the inputs.
+    fn residual_at(&self) -> Option<usize> {
+        self.residual.then_some(2 + usize::from(self.bias))
+    }
+
+    /// Bias, activation and residual over finished rows of the product `pre`; `y` is empty where
+    /// `pre` itself is the result.
+    #[inline(always)]
+    fn finish<T: Real>(&self, pre: &mut [T], y: &mut [T], bias: &[T], residual: &[T]) {
+        if self.bias {
+            pre.chunks_mut(bias.len()).for_each(|row| axpy(row, T::ONE, bias));
+        }
+        match self.activation {
+            Activation::None if self.residual => axpy(pre, T::ONE, residual),
+            Activation::None => {}
+            Activation::Silu => silu_row(pre, y),
+            Activation::SwiGlu => swiglu_row(pre, y),
+        }
+        axpy(y, T::ONE, residual);
+    }
+
+    fn run<T: Real>(&self, ins: &[In<'_>], outs: &mut [Out<'_>]) {
+        let (n, k) = (ins[0].shape.rows(), ins[0].shape.last());
+        let m = ins[1].shape.rows();
+        let (x, w) = (Mat::new(T::read(&ins[0]), n, k), Mat::new(T::read(&ins[1]), m, k).t());
+        let bias = if self.bias { T::read(&ins[2]) } else { &[] };
+        let residual = self.residual_at().map_or(&[][..], |i| T::read(&ins[i]));
+        let step = piece_rows(n);
+        let (y, pre) = match outs {
+            [y, pre] => (T::write(y), T::write(pre)),
+            [pre, ..] => (&mut [][..], T::write(pre)),
+            [] => return,
+        };
+        // Results per row, 0 where the product itself is the result.
+        let width = y.len() / n.max(1);
+        let piece = |i: usize, pre: &mut [T], y: &mut [T]| {
+            let rows = pre.len() / m;
+            matmul_block(pre, m, x.rows(i * step, rows), w, T::ONE, false);
+            let out = if width == 0 { m } else { width };
+            let residual = if self.residual { &residual[i * step * out..][..rows * out] } else { &[] };
+            simd(|| self.finish(pre, y, bias, residual));
+        };
+        let pres = pre.par_chunks_mut((step * m).max(1)).enumerate();
+        if width == 0 {
+            pres.for_each(|(i, pre)| piece(i, pre, &mut []));
+        } else {
+            pres.zip(y.par_chunks_mut(step * width)).for_each(|((i, pre), y)| piece(i, pre, y));
+        }
+    }
+}
+
+impl Op for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        floats(ins)?;
+        let (x, w) = (ins[0], ins[1]);
+        if w.shape.dims().len() != 2 || x.shape.last() != w.shape.last() {
+            return Err(format!("inner dimensions differ: {x:?} times the transpose of {w:?}"));
+        }
+        let pre = x.shape.with_last(w.shape.rows());
+        if self.bias && ins[2].shape.dims() != [pre.last()] {
+            return Err(format!("bias {:?} does not fit {pre:?}", ins[2]));
+        }
+        let y = match self.activation {
+            Activation::SwiGlu if !pre.last().is_multiple_of(2) => {
+                return Err(format!("{pre:?} has no pairs of gate and up"));
+            }
+            Activation::SwiGlu => pre.with_last(pre.last() / 2),
+            _ => pre,
+        };
+        if let Some(r) = self.residual_at().filter(|&i| ins[i].shape != y) {
+            return Err(format!("residual {:?} does not fit {y:?}", ins[r]));
+        }
+        let (y, pre) = (Spec::new(y, x.dtype), Spec::new(pre, x.dtype));
+        Ok(if self.activation == Activation::None { vec![y] } else { vec![y, pre] })
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        real!(outs[0], T => self.run::<T>(ins, outs));
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
+        Cost { flops: product, bytes: traffic(ins, outs) }
+    }
+
+    fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
+        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); n.ins.len()]) };
+        let (x, w) = (n.ins[0], n.ins[1]);
+        let dpre = match self.activation {
+            Activation::None => dy,
+            Activation::Silu => g.push::<1>(SiluBwd, &[n.outs[1], dy])[0],
+            Activation::SwiGlu => g.push::<1>(SwiGluBwd, &[n.outs[1], dy])[0],
+        };
+        let [dx] = g.push(LinearDx, &[dpre, w]);
+        let dw = match g.accumulator(w) {
+            Some(sum) => Grad::Into(g.push::<1>(LinearDw { accumulate: true }, &[dpre, x, sum])[0]),
+            None => Grad::To(g.push::<1>(LinearDw { accumulate: false }, &[dpre, x])[0]),
+        };
+        let mut grads = vec![Grad::To(dx), dw];
+        if self.bias {
+            let db = column_sum(g, dpre, n.ins[2]);
+            grads.push(g.give(n.ins[2], db));
+        }
+        if self.residual {
+            grads.push(Grad::To(dy));
+        }
+        Ok(grads)
+    }
+}
+
+impl Op for LinearDx {
+    fn name(&self) -> &'static str {
+        "linear_dx"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [dy, w] = operands(ins)?;
+        Ok(vec![Spec::new(dy.shape.with_last(w.shape.last()), dy.dtype)])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        real!(outs[0], T => {
+            let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
+            let (dy, w) = (Mat::new(T::read(&ins[0]), n, m), Mat::new(T::read(&ins[1]), m, k));
+            matmul(T::write(&mut outs[0]), dy, w, false);
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.last() as u64;
+        Cost { flops: product, bytes: traffic(ins, outs) }
+    }
+}
+
+impl Op for LinearDw {
+    fn name(&self) -> &'static str {
+        "linear_dw"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let (dy, x) = (ins[0], ins[1]);
+        let dw = Spec::new([dy.shape.last(), x.shape.last()], x.dtype);
+        Ok(vec![if self.accumulate { ins[2] } else { dw }])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        real!(outs[0], T => {
+            let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
+            let (dy, x) = (Mat::new(T::read(&ins[0]), n, m).t(), Mat::new(T::read(&ins[1]), n, k));
+            matmul(T::write(&mut outs[0]), dy, x, self.accumulate);
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.last() as u64;
+        Cost { flops: product, bytes: traffic(ins, outs) }
+    }
+
+    fn memory(&self, _: usize) -> Memory {
+        if self.accumulate { Memory::InPlace { input: 2 } } else { Memory::Own }
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let plain = |n: usize, k: usize, m: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.linear(x[0], x[1], Epilogue::default())];
+        Case::new("linear", format!("{n}x{k}x{m}"), build).normal([n, k]).normal([m, k])
+    };
+    let fused = |name: &str, activation| {
+        Case::new("linear", name, move |g, x| {
+            let e = Epilogue { bias: Some(x[2]), activation, residual: Some(x[3]) };
+            vec![g.linear(x[0], x[1], e)]
+        })
+    };
+    vec![
+        plain(1, 1, 1),
+        plain(7, 13, 5),
+        plain(131, 29, 67),
+        fused("bias, residual", Activation::None).normal([5, 7]).normal([6, 7]).normal([6]).normal([5, 6]),
+        fused("bias, silu, residual", Activation::Silu)
+            .normal([5, 7])
+            .normal([6, 7])
+            .normal([6])
+            .normal([5, 6]),
+        fused("bias, swiglu, residual", Activation::SwiGlu)
+            .normal([133, 7])
+            .normal([6, 7])
+            .normal([6])
+            .normal([133, 3]),
+    ]
+}

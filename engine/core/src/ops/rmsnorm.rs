@@ -1,0 +1,142 @@
+//! `y[n, c] = x[n, c] r[n] w[c]`, `r[n] = 1 / sqrt(mean_c x[n, c]^2 + eps)`.   Zhang & Sennrich 2019
+use super::prelude::*;
+
+#[derive(Debug)]
+struct RmsNorm {
+    eps: f64,
+}
+
+/// `dx` and `dw`; `dw` is added to an accumulator where there is one.
+#[derive(Debug)]
+struct RmsNormBwd {
+    accumulate: bool,
+}
+
+impl Graph {
+    /// Normalises every row of `x [N, C]` (or of any shape ending in C) and scales it by `w [C]`.
+    #[track_caller]
+    pub fn rmsnorm(&mut self, x: Tensor, w: Tensor, eps: f64) -> Tensor {
+        self.push::<2>(RmsNorm { eps }, &[x, w])[0]
+    }
+}
+
+/// `1 / sqrt(mean x^2 + eps)` of one row.
+#[inline(always)]
+pub(super) fn rstd<T: Real>(x: &[T], eps: f64) -> T {
+    T::ONE / (dot(x, x) / T::of(x.len() as f64) + T::of(eps)).sqrt()
+}
+
+/// `dx = r (w dy - x r^2 mean(w dy x))` of one row; `dw += dy x r`.
+#[inline(always)]
+pub(super) fn backward_row<T: Real>(x: &[T], w: &[T], dy: &[T], r: T, dx: &mut [T], dw: &mut [T]) {
+    let (x, w, dy) = (&x[..dx.len()], &w[..dx.len()], &dy[..dx.len()]);
+    let mean = sum(x.len(), |c| w[c] * dy[c] * x[c]) / T::of(x.len() as f64);
+    let k = r * r * mean;
+    for c in 0..dx.len() {
+        dx[c] = r * (w[c] * dy[c] - x[c] * k);
+        dw[c] += dy[c] * x[c] * r;
+    }
+}
+
+impl Op for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rmsnorm"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [x, w] = operands(ins)?;
+        floats(ins)?;
+        if w.shape.dims() != [x.shape.last()] {
+            return Err(format!("{w:?} does not scale rows of {x:?}"));
+        }
+        Ok(vec![x, Spec::new([x.shape.rows()], x.dtype.accumulator())])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        let [y, r] = outs else { return };
+        real!(y, T => {
+            let (width, chunk) = (ins[1].shape.last(), chunk_rows(ins[1].shape.last()));
+            let (x, w, y, r) = (T::read(&ins[0]), T::read(&ins[1]), T::write(y), T::write(r));
+            let rows = y.par_chunks_mut(chunk * width).zip(r.par_chunks_mut(chunk)).zip(x.par_chunks(chunk * width));
+            rows.for_each(|((y, r), x)| simd(|| {
+                for ((y, r), x) in y.chunks_mut(width).zip(r).zip(x.chunks(width)) {
+                    *r = rstd(x, self.eps);
+                    for c in 0..y.len() {
+                        y[c] = x[c] * *r * w[c];
+                    }
+                }
+            }));
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        Cost { flops: 4 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
+    }
+
+    fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
+        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("rstd is no result"); 2]) };
+        let (x, w, r) = (n.ins[0], n.ins[1], n.outs[1]);
+        Ok(match g.accumulator(w) {
+            Some(sum) => {
+                let [dx, sum] = g.push(RmsNormBwd { accumulate: true }, &[x, w, r, dy, sum]);
+                vec![Grad::To(dx), Grad::Into(sum)]
+            }
+            None => {
+                let [dx, dw] = g.push(RmsNormBwd { accumulate: false }, &[x, w, r, dy]);
+                vec![Grad::To(dx), Grad::To(dw)]
+            }
+        })
+    }
+}
+
+impl Op for RmsNormBwd {
+    fn name(&self) -> &'static str {
+        "rmsnorm_bwd"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let dw = if self.accumulate { ins[4] } else { Spec::new(ins[1].shape, ins[1].dtype) };
+        Ok(vec![ins[0], dw])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        let [dx, dw] = outs else { return };
+        real!(dx, T => {
+            let width = dw.shape.last();
+            let [x, w, r, dy] = [0, 1, 2, 3].map(|i| T::read(&ins[i]));
+            let (dx, dw) = (T::write(dx), T::write(dw));
+            let chunk = chunk_rows(width).max(r.len().div_ceil(64));
+            if !self.accumulate {
+                dw.fill(T::ZERO);
+            }
+            // Each chunk sums its own dw; the sums are added in the order of the chunks.
+            cpu.scratch(r.len().div_ceil(chunk) * width, |parts: &mut [T]| {
+                let rows = dx.par_chunks_mut(chunk * width).zip(parts.par_chunks_mut(width)).enumerate();
+                rows.for_each(|(i, (dx, dw))| simd(|| {
+                    dw.fill(T::ZERO);
+                    for (j, dx) in dx.chunks_mut(width).enumerate() {
+                        let n = i * chunk + j;
+                        let row = n * width..(n + 1) * width;
+                        backward_row(&x[row.clone()], w, &dy[row], r[n], dx, dw);
+                    }
+                }));
+                parts.chunks(width).for_each(|part| axpy(dw, T::ONE, part));
+            });
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        Cost { flops: 11 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
+    }
+
+    fn memory(&self, out: usize) -> Memory {
+        if out == 1 && self.accumulate { Memory::InPlace { input: 4 } } else { Memory::Own }
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |name, n: usize, c: usize| {
+        Case::new("rmsnorm", name, |g, x| vec![g.rmsnorm(x[0], x[1], 1e-5)]).normal([n, c]).normal([c])
+    };
+    vec![case("7x13", 7, 13), case("one element", 1, 1), case("131x48", 131, 48), case("613x128", 613, 128)]
+}
