@@ -131,18 +131,18 @@ def loss(params, cfg, batch):
 
 def evaluate(dtype):
     """Every golden tensor as `<variant>.<group>.<name>`, and the metadata with the configurations."""
-    tensors, metadata = {}, {"format": "pt"}
+    tensors, configs = {}, {}
     for name, cfg, params, batch in variants():
         leaves = {key: p.to(dtype).requires_grad_() for key, p in params.items()}
         results = loss(leaves, cfg, batch)
         results["loss"].backward()
-        metadata[f"{name}.config"] = json.dumps(cfg)
+        configs[name] = cfg
         groups = {"param": params, "input": batch, "output": results, "grad": {k: p.grad for k, p in leaves.items()}}
         for group, items in groups.items():
             for key, x in items.items():
                 stored = x.detach().to(torch.float32 if x.is_floating_point() else torch.int32)
                 tensors[f"{name}.{group}.{key}"] = stored.reshape(x.shape or (1,)).contiguous()
-    return tensors, metadata
+    return tensors, {"configs": json.dumps(configs)}  # one entry: several would be written in no fixed order
 
 
 def compare():
