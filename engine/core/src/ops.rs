@@ -1,27 +1,57 @@
 //! Every op, one file each: formula and paper, builder, forward op, backward op, cases. To add one:
 //! its file, and its two lines here.
 
+mod adamw;
 mod add;
 mod cast;
 mod fill;
 mod linear;
+mod q_sample;
 mod rmsnorm;
+mod sampler;
 mod swiglu;
 
+pub use adamw::{AdamW, AdamWStates};
 pub use add::Repeat;
 pub use linear::{Activation, Epilogue};
+pub use q_sample::Noise;
+pub use sampler::{SamplerInputs, SamplerStep};
 
 use crate::cases::Case;
 
 /// The names of the ops that have case tables.
-pub const NAMES: &[&str] = &["add", "cast", "fill", "linear", "rmsnorm", "swiglu"];
+pub const NAMES: &[&str] = &[
+    "adamw",
+    "add",
+    "cast",
+    "clip",
+    "ema",
+    "fill",
+    "linear",
+    "q_sample",
+    "reshape",
+    "rmsnorm",
+    "sampler_update",
+    "sum_squares",
+    "swiglu",
+];
 
 /// The case tables of all ops.
 pub(crate) fn cases() -> Vec<Case> {
-    [add::cases(), cast::cases(), fill::cases(), linear::cases(), rmsnorm::cases(), swiglu::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        adamw::cases(),
+        add::cases(),
+        cast::cases(),
+        fill::cases(),
+        linear::cases(),
+        q_sample::cases(),
+        rmsnorm::cases(),
+        sampler::cases(),
+        swiglu::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Runs `$body` with `$t` as the real type of `$out`: f64 in an f64 graph, else f32.
@@ -43,9 +73,9 @@ pub(crate) use real;
 
 /// What every op file needs.
 mod prelude {
-    pub(super) use super::{floats, operands, real};
+    pub(super) use super::{floats, integers, operands, real};
     pub(super) use crate::{
-        cases::Case,
+        cases::{Case, Fill},
         cpu::*,
         graph::{Graph, Node},
         launch::Cost,

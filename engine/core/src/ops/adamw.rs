@@ -1,0 +1,368 @@
+//! The optimiser step: gradient norm and clipping, AdamW, and the running mean of the weights.
+//! Loshchilov & Hutter 2019 (decoupled decay); Polyak & Juditsky 1992 (averaging)
+//!
+//! Everything that changes between steps is a tensor. A gradient that is not finite makes the scale
+//! zero, and a zero scale leaves weights, moments and means as they are.
+use super::prelude::*;
+
+/// What stays the same from step to step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay, times the learning rate.
+    pub weight_decay: f64,
+}
+
+/// The states that one parameter's step updates.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStates {
+    /// The weight.
+    pub param: Tensor,
+    /// Its f32 master copy, where the weight is bf16.
+    pub master: Option<Tensor>,
+    /// First moment.
+    pub m: Tensor,
+    /// Second moment.
+    pub v: Tensor,
+    /// Gradient; zero afterwards.
+    pub grad: Tensor,
+}
+
+#[derive(Debug)]
+struct SumSquares;
+
+#[derive(Debug)]
+struct Clip {
+    max_norm: f64,
+}
+
+#[derive(Debug)]
+struct AdamWStep {
+    hyper: AdamW,
+    master: bool,
+}
+
+#[derive(Debug)]
+struct Ema;
+
+impl Graph {
+    /// `sum [1] += sum of x^2`, in place.
+    #[track_caller]
+    pub fn sum_squares_into(&mut self, sum: Tensor, x: Tensor) -> Tensor {
+        self.push::<1>(SumSquares, &[sum, x])[0]
+    }
+
+    /// `(norm, scale)`, each `[1]`, from a sum of squares: `scale = min(1, max_norm / norm)`, or zero
+    /// where the norm is not finite.
+    #[track_caller]
+    pub fn clip(&mut self, sum_squares: Tensor, max_norm: f64) -> [Tensor; 2] {
+        self.push(Clip { max_norm }, &[sum_squares])
+    }
+
+    /// One step of one parameter, in place, and its gradient set to zero; the new weight (the master
+    /// copy where there is one). `schedule [3]` holds the learning rate, `1 - beta1^t` and
+    /// `1 - beta2^t`; `scale [1]` multiplies the gradient.
+    #[track_caller]
+    pub fn adamw(&mut self, hyper: AdamW, s: AdamWStates, schedule: Tensor, scale: Tensor) -> Tensor {
+        let op = AdamWStep { hyper, master: s.master.is_some() };
+        match s.master {
+            Some(master) => self.push::<5>(op, &[s.param, s.m, s.v, s.grad, master, schedule, scale])[4],
+            None => self.push::<4>(op, &[s.param, s.m, s.v, s.grad, schedule, scale])[0],
+        }
+    }
+
+    /// `mean += (1 - decay) (x - mean)`, in place, unless `scale` is zero; `decay` and `scale` `[1]`.
+    #[track_caller]
+    pub fn ema_into(&mut self, mean: Tensor, x: Tensor, decay: Tensor, scale: Tensor) -> Tensor {
+        self.push::<1>(Ema, &[mean, x, decay, scale])[0]
+    }
+}
+
+const CHUNK: usize = 16 * 1024;
+
+impl Op for SumSquares {
+    fn name(&self) -> &'static str {
+        "sum_squares"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [sum, _] = operands(ins)?;
+        floats(ins)?;
+        if sum.shape.numel() != 1 { Err(format!("{sum:?} is not one number")) } else { Ok(vec![sum]) }
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        real!(outs[0], T => {
+            let x = T::read(&ins[1]);
+            // Every chunk in T, the chunks in f64, in their order.
+            let total = cpu.scratch(x.len().div_ceil(CHUNK), |parts: &mut [f64]| {
+                let each = parts.par_iter_mut().zip(x.par_chunks(CHUNK));
+                each.for_each(|(part, x)| *part = simd(|| dot(x, x)).f64());
+                parts.iter().sum::<f64>()
+            });
+            let sum = &mut T::write(&mut outs[0])[0];
+            *sum = T::of(sum.f64() + total);
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        Cost { flops: 2 * ins[1].shape.numel() as u64, bytes: traffic(ins, outs) }
+    }
+
+    fn memory(&self, _: usize) -> Memory {
+        Memory::InPlace { input: 0 }
+    }
+}
+
+impl Op for Clip {
+    fn name(&self) -> &'static str {
+        "clip"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [sum] = operands(ins)?;
+        floats(ins)?;
+        if sum.shape.numel() != 1 { Err(format!("{sum:?} is not one number")) } else { Ok(vec![sum; 2]) }
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        let [norm, scale] = outs else { return };
+        real!(norm, T => {
+            let n = T::read(&ins[0])[0].f64().sqrt();
+            T::write(norm)[0] = T::of(n);
+            T::write(scale)[0] = match n.is_finite() {
+                true => T::of((self.max_norm / n.max(1e-12)).min(1.0)),
+                false => T::ZERO,
+            };
+        });
+    }
+}
+
+impl Op for AdamWStep {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let n = if self.master { 5 } else { 4 };
+        floats(ins)?;
+        if let Some(s) = ins[..n].iter().find(|s| s.shape != ins[0].shape) {
+            return Err(format!("state {s:?} is not of the weight's shape {:?}", ins[0]));
+        }
+        if ins[n].shape.numel() != 3 || ins[n + 1].shape.numel() != 1 {
+            return Err(format!("schedule {:?} is not [3] or scale {:?} not [1]", ins[n], ins[n + 1]));
+        }
+        Ok(ins[..n].to_vec())
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        let n = outs.len();
+        real!(outs[1], T => {
+            let (schedule, scale) = (T::read(&ins[n]), T::read(&ins[n + 1])[0]);
+            let [param, m, v, grad, master @ ..] = outs else { return };
+            let grad = T::write(grad);
+            if scale == T::ZERO {
+                grad.fill(T::ZERO);
+                return;
+            }
+            let step = StepOf::new(&self.hyper, schedule, scale);
+            let (m, v) = (T::write(m), T::write(v));
+            let (param, copy) = match master {
+                [master, ..] => (T::write(master), T::write(param)),
+                [] => (T::write(param), &mut [][..]),
+            };
+            let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+            let each = param.par_chunks_mut(CHUNK).zip(grad.par_chunks_mut(CHUNK)).zip(moments);
+            each.for_each(|((p, g), (m, v))| simd(|| step.apply(p, m, v, g)));
+            copy.copy_from_slice(&param[..copy.len()]);
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        let moved = traffic(&ins[..outs.len()], outs);
+        Cost { flops: 14 * outs[0].shape.numel() as u64, bytes: moved }
+    }
+
+    fn memory(&self, out: usize) -> Memory {
+        Memory::InPlace { input: out }
+    }
+}
+
+/// One step's numbers.
+struct StepOf<T> {
+    beta1: T,
+    beta2: T,
+    eps: T,
+    rate: T,
+    keep: T,
+    root: T,
+    scale: T,
+}
+
+impl<T: Real> StepOf<T> {
+    fn new(h: &AdamW, schedule: &[T], scale: T) -> Self {
+        let (lr, c1, c2) = (schedule[0].f64(), schedule[1].f64(), schedule[2].f64());
+        StepOf {
+            beta1: T::of(h.beta1),
+            beta2: T::of(h.beta2),
+            eps: T::of(h.eps),
+            rate: T::of(lr / c1),
+            keep: T::of(1.0 - lr * h.weight_decay),
+            root: T::of(1.0 / c2.sqrt()),
+            scale,
+        }
+    }
+
+    #[inline(always)]
+    fn apply(&self, p: &mut [T], m: &mut [T], v: &mut [T], g: &mut [T]) {
+        let n = p.len();
+        let (m, v, g) = (&mut m[..n], &mut v[..n], &mut g[..n]);
+        for i in 0..n {
+            let d = g[i] * self.scale;
+            m[i] = self.beta1 * m[i] + (T::ONE - self.beta1) * d;
+            v[i] = self.beta2 * v[i] + (T::ONE - self.beta2) * d * d;
+            p[i] = self.keep * p[i] - self.rate * m[i] / (v[i].sqrt() * self.root + self.eps);
+            g[i] = T::ZERO;
+        }
+    }
+}
+
+impl Op for Ema {
+    fn name(&self) -> &'static str {
+        "ema"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [mean, x, decay, scale] = operands(ins)?;
+        floats(ins)?;
+        if mean.shape != x.shape || decay.shape.numel() != 1 || scale.shape.numel() != 1 {
+            return Err(format!("mean {mean:?} of {x:?} with decay {decay:?} and scale {scale:?}"));
+        }
+        Ok(vec![mean])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        real!(outs[0], T => {
+            let (x, decay, scale) = (T::read(&ins[1]), T::read(&ins[2])[0], T::read(&ins[3])[0]);
+            if scale == T::ZERO {
+                return;
+            }
+            let each = T::write(&mut outs[0]).par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+            each.for_each(|(mean, x)| simd(|| {
+                for (mean, x) in mean.iter_mut().zip(x) {
+                    *mean += (T::ONE - decay) * (*x - *mean);
+                }
+            }));
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        Cost { flops: 3 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
+    }
+
+    fn memory(&self, _: usize) -> Memory {
+        Memory::InPlace { input: 0 }
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let hyper = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let step = move |name: &str, master: bool, n: usize| {
+        let case = Case::new("adamw", name, move |g, x| {
+            let s = AdamWStates { param: x[0], m: x[1], v: x[2], grad: x[3], master: master.then(|| x[6]) };
+            vec![g.adamw(hyper, s, x[4], x[5])]
+        });
+        let case = case
+            .normal([n])
+            .single([n], Fill::Normal(0.1))
+            .single([n], Fill::Uniform(0.1, 1.0))
+            .single([n], Fill::Normal(1.0))
+            .single([3], Fill::Values(vec![0.01, 0.19, 0.0975]))
+            .single([1], Fill::Values(vec![0.5]));
+        if master { case.single([n], Fill::Normal(1.0)) } else { case }.without_gradient()
+    };
+    let squares = Case::new("sum_squares", "two chunks", |g, x| vec![g.sum_squares_into(x[0], x[1])])
+        .single([1], Fill::Values(vec![2.0]))
+        .normal([20_011]);
+    let clip = |name: &str, sum: f64| {
+        Case::new("clip", name, |g, x| g.clip(x[0], 1.0).to_vec()).single([1], Fill::Values(vec![sum]))
+    };
+    let ema = Case::new("ema", "decay 0.9", |g, x| vec![g.ema_into(x[0], x[1], x[2], x[3])])
+        .single([37], Fill::Normal(1.0))
+        .normal([37])
+        .single([1], Fill::Values(vec![0.9]))
+        .single([1], Fill::Values(vec![1.0]));
+    vec![
+        step("plain", false, 37),
+        step("master copy", true, 16_411),
+        squares.without_gradient(),
+        clip("long", 16.0).without_gradient(),
+        clip("short", 0.25).without_gradient(),
+        ema.without_gradient(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        device::{CpuDevice, CpuOptions, Device, Place},
+        op::Kind,
+        plan::Plan,
+    };
+
+    /// Three steps against the formula of the paper, a step that is skipped between them.
+    #[test]
+    fn steps_follow_the_paper_and_a_gradient_that_is_not_finite_changes_nothing() {
+        let hyper = AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+        let mut g = Graph::new();
+        let state = |g: &mut Graph, kind, name| g.state(kind, name, [1], DType::F64);
+        let s = AdamWStates {
+            param: state(&mut g, Kind::Param, "w"),
+            master: None,
+            m: state(&mut g, Kind::Optim, "m"),
+            v: state(&mut g, Kind::Optim, "v"),
+            grad: state(&mut g, Kind::Grad, "w"),
+        };
+        let schedule = g.input("schedule", [3], DType::F64);
+        let zero = g.fill(0.0, [1], DType::F64);
+        let sum = g.sum_squares_into(zero, s.grad);
+        let [norm, scale] = g.clip(sum, 2.0);
+        let mean = state(&mut g, Kind::Ema, "w");
+        let decay = g.fill(0.5, [1], DType::F64);
+        let new = g.adamw(hyper, s, schedule, scale);
+        g.ema_into(mean, new, decay, scale);
+        g.output("norm", norm);
+        let mut device = CpuDevice::new(CpuOptions { threads: 1, poison: true }).unwrap();
+        let plan = device.open(Plan::new(&g).unwrap().into()).unwrap();
+        let (mut w, mut m, mut v, mut mean) = (1.5, 0.0, 0.0, 0.0);
+        device.write(Place::State(Kind::Param, "w"), View::F64(&[w])).unwrap();
+        let mut t = 0;
+        for grad in [0.5, -8.0, f64::NAN, f64::INFINITY, 1.0] {
+            if grad.is_finite() {
+                t += 1;
+                let d = grad * f64::min(1.0, 2.0 / f64::abs(grad));
+                (m, v) = (0.9 * m + 0.1 * d, 0.99 * v + 0.01 * d * d);
+                let (mh, vh) = (m / (1.0 - 0.9f64.powi(t)), v / (1.0 - 0.99f64.powi(t)));
+                w -= 0.01 * (mh / (vh.sqrt() + 1e-8) + 0.1 * w);
+                mean += 0.5 * (w - mean);
+            }
+            let schedule = [0.01, 1.0 - 0.9f64.powi(t), 1.0 - 0.99f64.powi(t)];
+            device.write(Place::Input(plan, "schedule"), View::F64(&schedule)).unwrap();
+            device.write(Place::State(Kind::Grad, "w"), View::F64(&[grad])).unwrap();
+            device.run(plan).unwrap();
+            let mut read = |kind, name| device.fetch(Place::State(kind, name)).unwrap().to_f64()[0];
+            let have = [(Kind::Param, "w"), (Kind::Optim, "m"), (Kind::Optim, "v"), (Kind::Ema, "w")];
+            for ((kind, name), want) in have.into_iter().zip([w, m, v, mean]) {
+                let have = read(kind, name);
+                assert!((have - want).abs() < 1e-7, "{kind:?} {name}: {have} {want}");
+            }
+            assert_eq!(read(Kind::Grad, "w"), 0.0);
+        }
+    }
+}
