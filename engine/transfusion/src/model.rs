@@ -1,0 +1,520 @@
+//! The model as graphs: a Llama trunk over mixed rows of text and patches, the linear patch codec,
+//! the loss, the optimiser step, and the two programs that sampling replays.
+//!
+//! Weights that are used together live together, in the layout that the kernels want: `qkv` with
+//! rotary pairs adjacent, `gate_up` interleaved. Hugging Face names and layouts exist at import and
+//! export only.
+use crate::config::{ModelConfig, PatchPositions};
+use transfusion_core::{
+    Result,
+    graph::Graph,
+    op::Kind,
+    ops::{Activation, AdamW, AdamWStates, Epilogue, Noise, Repeat, SamplerInputs, SamplerStep},
+    tensor::{DType, Tensor},
+};
+
+/// Width of the sinusoidal time embedding.
+pub const TIME_WIDTH: usize = 256;
+
+/// How a weight begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// Normal numbers of this deviation.
+    Normal(f64),
+    /// Ones.
+    Ones,
+    /// Zeros.
+    Zeros,
+}
+
+/// One weight of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weight {
+    /// Its name, also of its gradient, moments and mean.
+    pub name: String,
+    /// `[out, in]` of a matrix, `[width]` of a scale or bias.
+    pub shape: Vec<usize>,
+    /// How it begins.
+    pub init: Init,
+}
+
+impl Weight {
+    /// Whether weight decay applies: to matrices, not to scales and biases.
+    pub fn decays(&self) -> bool {
+        self.shape.len() > 1
+    }
+}
+
+/// Every weight of a model, in a fixed order: the one list that initialisation, optimiser,
+/// checkpoints and export share. Normal 0.02, the two projections that feed the residual scaled by
+/// `1 / sqrt(2 L)`.
+pub fn weights(c: &ModelConfig) -> Vec<Weight> {
+    let heads = c.heads();
+    let (width, packed) = (c.hidden_size, (heads.heads + 2 * heads.kv_heads) * heads.width);
+    let mut all = Vec::new();
+    let mut add = |name: String, shape: &[usize], init| all.push(Weight { name, shape: shape.to_vec(), init });
+    let normal = Init::Normal(0.02);
+    let residual = Init::Normal(0.02 / (2.0 * c.num_hidden_layers as f64).sqrt());
+    add("model.embed_tokens.weight".into(), &[c.vocab_size, width], normal);
+    for i in 0..c.num_hidden_layers {
+        let name = |s: &str| layer(i, s);
+        add(name("input_layernorm.weight"), &[width], Init::Ones);
+        add(name("self_attn.qkv.weight"), &[packed, width], normal);
+        if c.qk_norm() {
+            add(name("self_attn.q_norm.weight"), &[heads.width], Init::Ones);
+            add(name("self_attn.k_norm.weight"), &[heads.width], Init::Ones);
+        }
+        add(name("self_attn.o_proj.weight"), &[width, heads.heads * heads.width], residual);
+        add(name("post_attention_layernorm.weight"), &[width], Init::Ones);
+        add(name("mlp.gate_up.weight"), &[2 * c.intermediate_size, width], normal);
+        add(name("mlp.down_proj.weight"), &[width, c.intermediate_size], residual);
+    }
+    add("model.norm.weight".into(), &[width], Init::Ones);
+    if !c.tie_word_embeddings {
+        add("lm_head.weight".into(), &[c.vocab_size, width], normal);
+    }
+    if let Some(image) = c.image() {
+        let z = image.patch_width();
+        for (name, out, inner) in [
+            ("time_in", z, TIME_WIDTH),
+            ("time_out", z, z),
+            ("patch_in", width, z),
+            ("patch_out", z, width),
+        ] {
+            add(format!("transfusion.{name}.weight"), &[out, inner], normal);
+            add(format!("transfusion.{name}.bias"), &[out], Init::Zeros);
+        }
+    }
+    all
+}
+
+/// The name of a weight of layer `i`.
+pub fn layer(i: usize, what: &str) -> String {
+    format!("model.layers.{i}.{what}")
+}
+
+/// The capacities of a training batch: static, as plans are; contents are data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Packed rows B.
+    pub rows: usize,
+    /// Positions T of a row.
+    pub positions: usize,
+    /// Positions that carry a text loss.
+    pub text_rows: usize,
+    /// Images.
+    pub images: usize,
+}
+
+/// Where the noise of training images comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoiseSource {
+    /// Philox, keyed by inputs `seed` and `noise_keys`: training.
+    Counter,
+    /// The input `noise`: comparison with other implementations.
+    Given,
+}
+
+/// What a loss program is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LossOptions {
+    /// Adds the gradient of every weight to its `Grad` state.
+    pub backward: bool,
+    /// Reads the running means in place of the weights.
+    pub ema: bool,
+    /// Where the noise comes from.
+    pub noise: NoiseSource,
+    /// F64 for gradient checks, else `None`: what the configuration says.
+    pub dtype: Option<DType>,
+}
+
+impl LossOptions {
+    /// A training step.
+    pub const TRAIN: LossOptions =
+        LossOptions { backward: true, ema: false, noise: NoiseSource::Counter, dtype: None };
+    /// Evaluation.
+    pub const EVAL: LossOptions = LossOptions { backward: false, ..LossOptions::TRAIN };
+}
+
+/// The program of one micro-batch: outputs `loss`, and where the model has them `loss_text`,
+/// `loss_image` and `image_errors` (mean squared error of each image).
+///
+/// # Errors
+/// If the configuration makes no sense; [`ModelConfig::check`] refuses those with better words.
+pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> Result<Graph> {
+    let dtype = options.dtype.unwrap_or(c.dtype());
+    let mut b = Builder::new(c, if options.ema { Kind::Ema } else { Kind::Param }, dtype);
+    let Capacity { rows, positions, .. } = capacity;
+    let n = rows * positions;
+    let tokens = b.g.input("tokens", [n], DType::I32);
+    let mut x = b.embed(tokens);
+    let image = c.image().map(|_| b.noised_images(capacity, options.noise));
+    if let Some(image) = &image {
+        let embedded = b.patch_embedding(image.patches, image.times, capacity.images);
+        x = b.g.scatter_rows(x, embedded, image.rows);
+    }
+    let place = Place::Packed {
+        rows,
+        positions: b.g.input("positions", [n], DType::I32),
+        row_start: b.g.input("row_start", [rows, positions], DType::I32),
+        row_end: b.g.input("row_end", [rows, positions], DType::I32),
+    };
+    let h = b.trunk(x, &place);
+    let text = b.text_loss(h, capacity.text_rows);
+    b.g.output("loss_text", text);
+    let loss = match image {
+        Some(image) => {
+            let [error, each] = b.image_loss(h, &image, capacity.images);
+            b.g.output("loss_image", error);
+            b.g.output("image_errors", each);
+            let lambda = c.image().map_or(0.0, |i| i.lambda);
+            b.g.add_scaled(text, error, lambda, Repeat::None)
+        }
+        None => text,
+    };
+    b.g.output("loss", loss);
+    if options.backward {
+        let params: Vec<Tensor> = weights(c).iter().map(|w| b.weight(&w.name)).collect();
+        b.g.backward(loss, &params)?;
+    }
+    Ok(b.g)
+}
+
+/// What stays the same over a training: the optimiser's numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct UpdateOptions {
+    /// Decay applies to matrices only.
+    pub adamw: AdamW,
+    /// Largest gradient norm.
+    pub max_norm: f64,
+    /// Whether running means of the weights are kept.
+    pub ema: bool,
+}
+
+/// The program of one optimiser step over all `Grad` states: inputs `schedule` (see
+/// [`Graph::adamw`]) and `ema_decay`; output `grad_norm`.
+pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
+    let mut g = Graph::new();
+    let dtype = c.dtype();
+    let schedule = g.input("schedule", [3], DType::F32);
+    let all = weights(c);
+    let mut sum = g.fill(0.0, [1], DType::F32);
+    for w in &all {
+        let grad = state(&mut g, Kind::Grad, &w.name, &w.shape, DType::F32);
+        sum = g.sum_squares_into(sum, grad);
+    }
+    let [norm, scale] = g.clip(sum, options.max_norm);
+    g.output("grad_norm", norm);
+    let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
+    for w in &all {
+        let mut optim = |what: &str| {
+            state(&mut g, Kind::Optim, &format!("{}.{what}", w.name), &w.shape, DType::F32)
+        };
+        let (m, v) = (optim("m"), optim("v"));
+        let master = (dtype == DType::Bf16).then(|| optim("master"));
+        let param = state(&mut g, Kind::Param, &w.name, &w.shape, dtype);
+        let grad = state(&mut g, Kind::Grad, &w.name, &w.shape, DType::F32);
+        let hyper =
+            AdamW { weight_decay: if w.decays() { options.adamw.weight_decay } else { 0.0 }, ..options.adamw };
+        let new = g.adamw(hyper, AdamWStates { param, master, m, v, grad }, schedule, scale);
+        if let Some(decay) = decay {
+            let mean = state(&mut g, Kind::Ema, &w.name, &w.shape, DType::F32);
+            g.ema_into(mean, new, decay, scale);
+        }
+    }
+    g
+}
+
+/// The shape of a program that extends cached sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Extend {
+    /// Sequences that it extends at once.
+    pub rows: usize,
+    /// Positions that it adds to each (the patches of an image, where it adds images).
+    pub positions: usize,
+    /// Slots of the cache.
+    pub slots: usize,
+    /// Positions of a slot.
+    pub capacity: usize,
+    /// Reads the running means in place of the weights.
+    pub ema: bool,
+}
+
+/// Adds text to cached sequences: inputs `tokens`, `positions` (where in its slot each token goes;
+/// -1 is idle) and `row_end` `[rows, positions]`, `slots [rows]`, and `last [rows]`, the row among
+/// `rows * positions` whose next token is wanted; output `logits [rows, V]`.
+pub fn text_graph(c: &ModelConfig, e: Extend) -> Graph {
+    let mut b = Builder::new(c, if e.ema { Kind::Ema } else { Kind::Param }, c.dtype());
+    let tokens = b.g.input("tokens", [e.rows * e.positions], DType::I32);
+    let x = b.embed(tokens);
+    let place = b.cached(e);
+    let h = b.trunk(x, &place);
+    let last = b.g.input("last", [e.rows], DType::I32);
+    let h = b.g.gather_rows(h, last);
+    let head = b.head();
+    let logits = b.g.linear(h, head, Epilogue::default());
+    let logits = b.g.cast(logits, DType::F32);
+    b.g.output("logits", logits);
+    b.g
+}
+
+/// What a program does with the images in state `Cache picture [images, S, S, channels]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ImagePass {
+    /// Embeds them at the given noise levels and leaves their keys and values in the cache.
+    Commit,
+    /// Besides, predicts and takes one sampler step, which replaces them. With guidance the second
+    /// half of the rows are the same images without their condition.
+    Denoise {
+        /// Two rows for every image.
+        guided: bool,
+    },
+}
+
+/// Adds images to cached sequences, or denoises them there. Inputs: `times [rows]`, `slots [rows]`,
+/// `positions` and `row_end` `[rows, P]`, `copies [rows * P]` (the patch among `images * P` that each
+/// row shows); to denoise also `steps [images, 14]` (rows of [`SamplerStep`]), `seed [2]` and
+/// `keys [images, 3]`.
+pub fn image_graph(c: &ModelConfig, e: Extend, pass: ImagePass) -> Graph {
+    let mut b = Builder::new(c, if e.ema { Kind::Ema } else { Kind::Param }, c.dtype());
+    let Some(image) = c.image().cloned() else { return b.g };
+    let guided = matches!(pass, ImagePass::Denoise { guided: true });
+    let images = if guided { e.rows / 2 } else { e.rows };
+    let shape = [images, image.size, image.size, image.channels];
+    let x = b.g.state(Kind::Cache, &format!("picture.{images}"), shape, DType::F32);
+    let narrow = b.g.cast(x, b.dtype);
+    let patches = b.g.patchify(narrow, image.patch_size);
+    let copies = b.g.input("copies", [e.rows * image.patches()], DType::I32);
+    let patches = b.g.gather_rows(patches, copies);
+    let times = b.g.input("times", [e.rows], DType::F32);
+    let embedded = b.patch_embedding(patches, times, e.rows);
+    let place = b.cached(Extend { positions: image.patches(), ..e });
+    let h = b.trunk(embedded, &place);
+    if pass == ImagePass::Commit {
+        return b.g;
+    }
+    let prediction = b.patch_prediction(h, e.rows);
+    let prediction = b.g.cast(prediction, DType::F32);
+    b.g.output("prediction", prediction);
+    let memory = b.g.state(Kind::Cache, &format!("memory.{images}"), shape, DType::F32);
+    let steps = b.g.input("steps", [images, SamplerStep::WIDTH], DType::F32);
+    let seed = b.g.input("seed", [2], DType::I32);
+    let keys = b.g.input("keys", [images, 3], DType::I32);
+    b.g.sampler_update(SamplerInputs { x, memory, prediction, steps, seed, keys });
+    b.g
+}
+
+/// A state of any rank up to two.
+fn state(g: &mut Graph, kind: Kind, name: &str, shape: &[usize], dtype: DType) -> Tensor {
+    match *shape {
+        [n] => g.state(kind, name, [n], dtype),
+        [m, n] => g.state(kind, name, [m, n], dtype),
+        _ => Tensor::VOID,
+    }
+}
+
+/// Where rows lie and what they see.
+enum Place {
+    /// Packed rows of whole documents.
+    Packed { rows: usize, positions: Tensor, row_start: Tensor, row_end: Tensor },
+    /// New positions of sequences whose keys and values are cached.
+    Cached { extend: Extend, positions: Tensor, slots: Tensor, row_start: Tensor, row_end: Tensor },
+}
+
+/// The images of a training batch.
+struct Images {
+    patches: Tensor,
+    target: Tensor,
+    times: Tensor,
+    rows: Tensor,
+}
+
+struct Builder<'c> {
+    g: Graph,
+    config: &'c ModelConfig,
+    all: Vec<Weight>,
+    kind: Kind,
+    dtype: DType,
+}
+
+impl<'c> Builder<'c> {
+    fn new(config: &'c ModelConfig, kind: Kind, dtype: DType) -> Builder<'c> {
+        Builder { g: Graph::new(), config, all: weights(config), kind, dtype }
+    }
+
+    /// A weight, or its running mean.
+    #[track_caller]
+    fn weight(&mut self, name: &str) -> Tensor {
+        let Some(w) = self.all.iter().find(|w| w.name == name) else { return Tensor::VOID };
+        let kept = if self.kind == Kind::Ema { DType::F32 } else { self.dtype };
+        let t = state(&mut self.g, self.kind, name, &w.shape, kept);
+        if kept == self.dtype { t } else { self.g.cast(t, self.dtype) }
+    }
+
+    fn embed(&mut self, tokens: Tensor) -> Tensor {
+        let table = self.weight("model.embed_tokens.weight");
+        self.g.embedding(table, tokens)
+    }
+
+    /// The output projection.
+    fn head(&mut self) -> Tensor {
+        let tied = self.config.tie_word_embeddings;
+        self.weight(if tied { "model.embed_tokens.weight" } else { "lm_head.weight" })
+    }
+
+    /// Inputs that place new positions in the cache.
+    fn cached(&mut self, extend: Extend) -> Place {
+        let shape = [extend.rows, extend.positions];
+        Place::Cached {
+            extend,
+            positions: self.g.input("positions", shape, DType::I32),
+            slots: self.g.input("slots", [extend.rows], DType::I32),
+            row_start: self.g.fill(0.0, shape, DType::I32),
+            row_end: self.g.input("row_end", shape, DType::I32),
+        }
+    }
+
+    /// The transformer, from embedded rows `[N, C]` to normalised ones.
+    fn trunk(&mut self, mut x: Tensor, place: &Place) -> Tensor {
+        for i in 0..self.config.num_hidden_layers {
+            x = self.attention_block(i, x, place);
+            x = self.feed_forward_block(i, x);
+        }
+        self.norm(x, "model.norm.weight")
+    }
+
+    fn norm(&mut self, x: Tensor, name: &str) -> Tensor {
+        let w = self.weight(name);
+        self.g.rmsnorm(x, w, self.config.rms_norm_eps)
+    }
+
+    fn attention_block(&mut self, i: usize, x: Tensor, place: &Place) -> Tensor {
+        let c = self.config;
+        let h = self.norm(x, &layer(i, "input_layernorm.weight"));
+        let w = self.weight(&layer(i, "self_attn.qkv.weight"));
+        let mut qkv = self.g.linear(h, w, Epilogue::default());
+        if c.qk_norm() {
+            let wq = self.weight(&layer(i, "self_attn.q_norm.weight"));
+            let wk = self.weight(&layer(i, "self_attn.k_norm.weight"));
+            qkv = self.g.qk_norm(qkv, wq, wk, c.heads(), c.rms_norm_eps);
+        }
+        let o = self.attend(i, qkv, place);
+        let w = self.weight(&layer(i, "self_attn.o_proj.weight"));
+        self.g.linear(o, w, Epilogue { residual: Some(x), ..Default::default() })
+    }
+
+    /// Rotates, caches where there is a cache, and attends: `[N, (H + 2 Hkv) D]` to `[N, H D]`.
+    fn attend(&mut self, i: usize, qkv: Tensor, place: &Place) -> Tensor {
+        let heads = self.config.heads();
+        let (n, packed) = (self.g.spec(qkv).shape.rows(), self.g.spec(qkv).shape.last());
+        let rotate = |b: &mut Self, positions: Tensor| {
+            let flat = b.g.reshape(positions, [n]);
+            b.g.rope(qkv, flat, heads, b.config.rope_theta)
+        };
+        let o = match *place {
+            Place::Packed { rows, positions, row_start, row_end } => {
+                let qkv = rotate(self, positions);
+                let qkv = self.g.reshape(qkv, [rows, n / rows.max(1), packed]);
+                self.g.attention(qkv, row_start, row_end, heads)
+            }
+            Place::Cached { extend: e, positions, slots, row_start, row_end } => {
+                let qkv = rotate(self, positions);
+                let qkv = self.g.reshape(qkv, [e.rows, e.positions, packed]);
+                let (q, kv) = (heads.heads * heads.width, heads.kv_heads * heads.width);
+                let shape = [e.slots, e.capacity, kv];
+                let mut cache = |what, at| {
+                    let cache = self.g.state(Kind::Cache, &layer(i, what), shape, self.dtype);
+                    self.g.cache_append(cache, qkv, slots, positions, at)
+                };
+                let (k, v) = (cache("k", q), cache("v", q + kv));
+                self.g.attention_cached(qkv, k, v, slots, row_start, row_end, heads)
+            }
+        };
+        self.g.reshape(o, [n, heads.heads * heads.width])
+    }
+
+    fn feed_forward_block(&mut self, i: usize, x: Tensor) -> Tensor {
+        let h = self.norm(x, &layer(i, "post_attention_layernorm.weight"));
+        let w = self.weight(&layer(i, "mlp.gate_up.weight"));
+        let gated = self.g.linear(h, w, Epilogue { activation: Activation::SwiGlu, ..Default::default() });
+        let w = self.weight(&layer(i, "mlp.down_proj.weight"));
+        self.g.linear(gated, w, Epilogue { residual: Some(x), ..Default::default() })
+    }
+
+    /// Mean cross entropy of the positions that carry one.
+    fn text_loss(&mut self, h: Tensor, text_rows: usize) -> Tensor {
+        let rows = self.g.input("text_rows", [text_rows], DType::I32);
+        let targets = self.g.input("targets", [text_rows], DType::I32);
+        let count = self.g.input("text_count", [1], self.dtype.accumulator());
+        let h = self.g.gather_rows(h, rows);
+        let head = self.head();
+        self.g.cross_entropy(h, head, targets, count)
+    }
+
+    /// Inputs of a training batch's images, noised and cut into patches.
+    fn noised_images(&mut self, capacity: Capacity, noise: NoiseSource) -> Images {
+        let images = capacity.images;
+        let Some(image) = self.config.image().cloned() else { unreachable!("asked for with images only") };
+        let shape = [images, image.size, image.size, image.channels];
+        let float = self.dtype.accumulator();
+        let clean = self.g.input("images", shape, float);
+        let coefficients = self.g.input("coefficients", [images, 4], float);
+        let noise = match noise {
+            NoiseSource::Given => Noise::Given(self.g.input("noise", shape, float)),
+            NoiseSource::Counter => Noise::Counter {
+                seed: self.g.input("seed", [2], DType::I32),
+                keys: self.g.input("noise_keys", [images, 3], DType::I32),
+            },
+        };
+        let [noised, target] = self.g.q_sample(clean, coefficients, noise, self.dtype);
+        Images {
+            patches: self.g.patchify(noised, image.patch_size),
+            target,
+            times: self.g.input("times", [images], float),
+            rows: self.g.input("image_rows", [images * image.patches()], DType::I32),
+        }
+    }
+
+    /// Patch vectors `[I P, Z]` plus the embedding of their images' noise levels, through the input
+    /// projection: `[I P, C]`.
+    fn patch_embedding(&mut self, patches: Tensor, times: Tensor, images: usize) -> Tensor {
+        let c = self.config;
+        let Some(image) = c.image() else { return Tensor::VOID };
+        let time = self.g.time_embedding(times, TIME_WIDTH, self.dtype);
+        let time = self.projection("time_in", time, Activation::Silu);
+        let time = self.projection("time_out", time, Activation::None);
+        debug_assert_eq!(self.g.spec(time).shape.rows(), images);
+        let x = self.g.add_scaled(patches, time, 1.0, Repeat::Each(image.patches()));
+        let x = self.projection("patch_in", x, Activation::None);
+        match image.positions {
+            PatchPositions::None => x,
+            PatchPositions::Sine2d => {
+                let sines = self.g.sine_positions(image.grid(), c.hidden_size, self.dtype);
+                self.g.add_scaled(x, sines, 1.0, Repeat::Tile)
+            }
+        }
+    }
+
+    fn projection(&mut self, name: &str, x: Tensor, activation: Activation) -> Tensor {
+        let w = self.weight(&format!("transfusion.{name}.weight"));
+        let bias = Some(self.weight(&format!("transfusion.{name}.bias")));
+        self.g.linear(x, w, Epilogue { bias, activation, residual: None })
+    }
+
+    /// From rows `[I P, C]` of patches to predictions `[I, S, S, channels]`.
+    fn patch_prediction(&mut self, h: Tensor, images: usize) -> Tensor {
+        let Some(image) = self.config.image() else { return Tensor::VOID };
+        let patches = self.projection("patch_out", h, Activation::None);
+        self.g.unpatchify(patches, images, image.size, image.channels, image.patch_size)
+    }
+
+    /// Mean over the step's images of the mean squared error per element, and each image's.
+    fn image_loss(&mut self, h: Tensor, batch: &Images, images: usize) -> [Tensor; 2] {
+        let h = self.g.gather_rows(h, batch.rows);
+        let prediction = self.patch_prediction(h, images);
+        let float = self.dtype.accumulator();
+        let weights = self.g.input("image_weights", [images], float);
+        let count = self.g.input("image_count", [1], float);
+        self.g.mse(prediction, batch.target, weights, count)
+    }
+}
