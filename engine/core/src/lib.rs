@@ -1,3 +1,4 @@
 //! The graph executor of transfusion. It knows no transformer.
 
+pub mod checkpoint;
 pub mod random;
