@@ -5,6 +5,7 @@
 
 pub mod adjoint;
 pub mod cases;
+pub mod checkpoint;
 pub mod cpu;
 pub mod device;
 pub mod error;
