@@ -1,1 +1,5 @@
 //! Transfusion.
+
+pub mod data;
+pub mod error;
+pub mod picture;
