@@ -3,18 +3,18 @@
 //! A model builds a [`graph::Graph`]; [`adjoint`] extends it with its gradient; [`plan::Plan`] gives
 //! every value a place; a [`device::Device`] replays plans.
 
-pub mod adjoint;
-pub mod cases;
-pub mod checkpoint;
-pub mod cpu;
-pub mod device;
-pub mod error;
-pub mod graph;
-pub mod launch;
-pub mod op;
-pub mod ops;
-pub mod plan;
-pub mod random;
 pub mod tensor;
+pub mod error;
+pub mod random;
+pub mod launch;
+pub mod cpu;
+pub mod op;
+pub mod graph;
+pub mod adjoint;
+pub mod ops;
+pub mod cases;
+pub mod plan;
+pub mod device;
+pub mod checkpoint;
 
 pub use error::{Error, Result};

@@ -221,7 +221,8 @@ impl ModelConfig {
 
     /// Whether query and key heads are normalised.
     pub fn qk_norm(&self) -> bool {
-        self.transfusion.as_ref().is_some_and(|t| t.qk_norm)
+        let qwen3 = self.other.get("model_type").is_some_and(|m| m == "qwen3");
+        qwen3 || self.transfusion.as_ref().is_some_and(|t| t.qk_norm)
     }
 
     /// The ids of the tokens that are not text; ids that a plain Llama lacks lie outside its

@@ -75,17 +75,18 @@ pub struct Evaluation {
     pub step: SamplerStep,
 }
 
-/// The predictions that a sampler asks for, from noise to a clean image, in `steps` steps with
-/// guidance `guidance`; the implied clean image is clipped to plus or minus `clip`.
+/// The predictions that a sampler asks for, from noise level `start` to a clean image, in `steps` steps
+/// with guidance `guidance`; the implied clean image is clipped to plus or minus `clip`.
 pub fn evaluations(
     sampler: Sampler,
     objective: Objective,
     steps: usize,
     guidance: f32,
     clip: f32,
+    start: f32,
 ) -> Vec<Evaluation> {
     let steps = steps.max(1);
-    let level = |i: usize| STEPS * (steps - i) as f64 / steps as f64;
+    let level = |i: usize| f64::from(start) * (steps - i) as f64 / steps as f64;
     let mut out = Vec::new();
     for i in 0..steps {
         let (t, s) = (level(i), level(i + 1));
@@ -164,7 +165,7 @@ mod tests {
     fn the_last_step_yields_the_clean_image() {
         for objective in [Objective::Epsilon, Objective::X0, Objective::V, Objective::Flow] {
             for (_, sampler) in Sampler::ALL.into_iter().filter(|(_, s)| s.serves(objective)) {
-                let all = evaluations(sampler, objective, 7, 1.0, 10.0);
+                let all = evaluations(sampler, objective, 7, 1.0, 10.0, 1000.0);
                 let s = all.last().unwrap().step;
                 // Apply it to x = a x0 + b e with a perfect prediction.
                 let (x0, e) = (0.3, -0.8);

@@ -1,5 +1,16 @@
-//! Transfusion.
+//! Train and sample one transformer that predicts the next text token and denoises images
+//! ("Transfusion", Zhou et al. 2024).
 
-pub mod data;
 pub mod error;
+pub mod config;
+pub mod diffusion;
+pub mod model;
+pub mod engine;
 pub mod picture;
+pub mod data;
+pub mod batch;
+pub mod train;
+pub mod sample;
+pub mod hf;
+
+pub use error::{Error, Result};

@@ -305,7 +305,7 @@ pub fn image_graph(c: &ModelConfig, e: Extend, pass: ImagePass) -> Graph {
 }
 
 /// A state of any rank up to two.
-fn state(g: &mut Graph, kind: Kind, name: &str, shape: &[usize], dtype: DType) -> Tensor {
+pub(crate) fn state(g: &mut Graph, kind: Kind, name: &str, shape: &[usize], dtype: DType) -> Tensor {
     match *shape {
         [n] => g.state(kind, name, [n], dtype),
         [m, n] => g.state(kind, name, [m, n], dtype),
