@@ -1,1 +1,5 @@
 //! Transfusion.
+
+pub mod error;
+pub mod metrics;
+pub mod run_dir;
