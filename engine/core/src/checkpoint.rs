@@ -129,7 +129,7 @@ impl Writer {
     /// tensor is in memory at a time.
     ///
     /// # Errors
-    /// A file name that is taken or unsafe, a tensor name that is taken, what `read` returns, and
+    /// A file name that is taken, unsafe or does not end in `.safetensors`, a tensor name that is taken, what `read` returns, and
     /// whatever the file system refuses.
     pub fn tensors(
         &mut self,
@@ -137,6 +137,9 @@ impl Writer {
         tensors: &[(&str, Spec)],
         read: impl FnMut(&str, ViewMut<'_>) -> Result<()>,
     ) -> Result<()> {
+        if !is_weights(name) {
+            return Err(Error::file(self.temporary.join(name), "holds tensors; let it end in .safetensors"));
+        }
         let (path, mut file) = self.begin(name)?;
         let emitted = emit(&mut file, &path, tensors, read)?;
         file.sync_all().map_err(|e| cannot_write(&path, &e))?;
@@ -155,6 +158,9 @@ impl Writer {
     /// # Errors
     /// A name that is taken, unsafe or ends in `.safetensors`, and whatever the file system refuses.
     pub fn text(&mut self, name: &str, text: &str) -> Result<()> {
+        if is_weights(name) {
+            return Err(Error::file(self.temporary.join(name), "holds text; let it end in .json or .txt"));
+        }
         self.put(name, text)?;
         let crc32 = hex(crc32fast::hash(text.as_bytes()));
         self.files.push(Listed {
@@ -289,6 +295,10 @@ impl Checkpoint {
     }
 }
 
+fn is_weights(file: &str) -> bool {
+    file.ends_with(".safetensors")
+}
+
 /// Refuses what the manifest does not list.
 fn refuse_surplus(dir: &Path, manifest: &Manifest) -> Result<()> {
     let failed = |e: io::Error| Error::file(dir, format!("cannot be listed: {e}"));
@@ -311,13 +321,12 @@ fn verify(dir: &Path, listed: &Listed) -> Result<Option<Weights>> {
         let why = format!("has {bytes} bytes instead of {}; {REMEDY}", listed.bytes);
         return Err(Error::file(path, why));
     }
-    let is_weights = path.extension().is_some_and(|e| e == "safetensors");
     if crc32(&mut file).map_err(failed)? != listed.crc32 {
-        let tensor = if is_weights { damaged_tensor(&path, listed) } else { None };
+        let tensor = if is_weights(&listed.name) { damaged_tensor(&path, listed) } else { None };
         let place = tensor.map_or(String::new(), |name| format!(" in tensor {name}"));
         return Err(Error::file(path, format!("is damaged{place}: wrong CRC32; {REMEDY}")));
     }
-    if !is_weights {
+    if !is_weights(&listed.name) {
         return Ok(None);
     }
     let weights = Weights::open(&path)?;

@@ -12,5 +12,7 @@ pub mod batch;
 pub mod train;
 pub mod sample;
 pub mod hf;
+pub mod metrics;
+pub mod run_dir;
 
 pub use error::{Error, Result};

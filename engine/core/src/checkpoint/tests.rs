@@ -354,7 +354,9 @@ fn a_failed_save_leaves_nothing_and_overwrites_nothing() {
     let dir = scratch.0.join("step-00000001");
     let mut writer = Writer::create(&dir).unwrap();
     writer.tensors("model.safetensors", &specs(), fill(1)).unwrap();
-    assert!(writer.text("model.safetensors", "").is_err());
+    assert!(writer.text("text.safetensors", "").is_err());
+    assert!(writer.tensors("model.bin", &specs(), fill(1)).is_err());
+    assert!(writer.tensors("model.safetensors", &specs(), fill(1)).is_err());
     assert!(writer.text("../state.json", "").is_err());
     assert!(writer.tensors("t.safetensors", &[specs()[0], specs()[0]], fill(1)).is_err());
     let failing = |_: &str, _: ViewMut<'_>| Err(Error::Device("lost".to_owned()));
