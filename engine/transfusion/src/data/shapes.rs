@@ -1,8 +1,9 @@
 //! The built-in pictures: one shape, or two in a relation, on white, each with the only English
 //! sentence that describes it. A quarter of the kinds of objects is never trained on, so that what a
 //! model draws from a held-out caption shows whether it has learned to combine.
+use super::source::{Document, Part, Source};
 use crate::picture::Picture;
-use std::fmt;
+use std::{fmt, sync::Arc};
 use transfusion_core::random::{Purpose, Stream};
 
 mod reader;
@@ -290,6 +291,38 @@ pub fn example(seed: u64, split: Split, index: u64) -> (Scene, Picture) {
     // The picture's words come from the other end of the numbers, away from those of the scene.
     let picture = scene.draw(&Stream::new(seed, Purpose::Data, !index));
     (scene, picture)
+}
+
+/// The examples as documents, caption first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shapes {
+    /// Seed of the list.
+    pub seed: u64,
+    /// Which kinds of objects appear.
+    pub split: Split,
+    /// How many there are; `None` for no end.
+    pub count: Option<u64>,
+}
+
+impl Source for Shapes {
+    fn len(&self) -> Option<u64> {
+        self.count
+    }
+
+    fn document(&self, index: u64) -> Document {
+        let index = self.count.and_then(|count| index.checked_rem(count)).unwrap_or(index);
+        let (scene, picture) = example(self.seed, self.split, index);
+        let parts = vec![Part::Text(scene.caption().into_bytes()), Part::Image(Arc::new(picture))];
+        Document { parts, stream: false }
+    }
+
+    fn describe(&self) -> String {
+        let kinds = match self.split {
+            Split::Train => "built-in shapes",
+            Split::HeldOut => "built-in shapes of kinds never trained on",
+        };
+        self.count.map_or(kinds.into(), |count| format!("{count} {kinds}"))
+    }
 }
 
 #[cfg(test)]
