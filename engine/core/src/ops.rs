@@ -2,26 +2,71 @@
 //! its file, and its two lines here.
 
 mod add;
+mod cache_append;
 mod cast;
+mod embedding;
 mod fill;
+mod heads;
 mod linear;
+mod mse;
+mod patchify;
+mod qk_norm;
 mod rmsnorm;
+mod rope;
+mod rows;
 mod swiglu;
+mod time_embedding;
 
 pub use add::Repeat;
+pub use heads::Heads;
 pub use linear::{Activation, Epilogue};
+pub use patchify::patch_width;
 
 use crate::cases::Case;
 
 /// The names of the ops that have case tables.
-pub const NAMES: &[&str] = &["add", "cast", "fill", "linear", "rmsnorm", "swiglu"];
+pub const NAMES: &[&str] = &[
+    "add",
+    "cache_append",
+    "cast",
+    "embedding",
+    "fill",
+    "gather_rows",
+    "linear",
+    "mse",
+    "patchify",
+    "qk_norm",
+    "reshape",
+    "rmsnorm",
+    "rope",
+    "scatter_rows",
+    "sine_positions",
+    "swiglu",
+    "time_embedding",
+    "unpatchify",
+];
 
 /// The case tables of all ops.
 pub(crate) fn cases() -> Vec<Case> {
-    [add::cases(), cast::cases(), fill::cases(), linear::cases(), rmsnorm::cases(), swiglu::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        add::cases(),
+        cache_append::cases(),
+        cast::cases(),
+        embedding::cases(),
+        fill::cases(),
+        linear::cases(),
+        mse::cases(),
+        patchify::cases(),
+        qk_norm::cases(),
+        rmsnorm::cases(),
+        rope::cases(),
+        rows::cases(),
+        swiglu::cases(),
+        time_embedding::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Runs `$body` with `$t` as the real type of `$out`: f64 in an f64 graph, else f32.
@@ -43,9 +88,9 @@ pub(crate) use real;
 
 /// What every op file needs.
 mod prelude {
-    pub(super) use super::{floats, operands, real};
+    pub(super) use super::{floats, integers, operands, real};
     pub(super) use crate::{
-        cases::Case,
+        cases::{Case, Fill},
         cpu::*,
         graph::{Graph, Node},
         launch::Cost,
