@@ -32,6 +32,8 @@ pub struct CaseInput {
     pub dtype: Option<DType>,
     /// Contents.
     pub fill: Fill,
+    /// Whether no gradient flows to it, though it may hold floats.
+    pub constant: bool,
 }
 
 type Build = Box<dyn Fn(&mut Graph, &[Tensor]) -> Vec<Tensor> + Send + Sync>;
@@ -71,21 +73,28 @@ impl Case {
     }
 
     /// Adds a float input.
-    pub fn floats(mut self, shape: impl Into<Shape>, fill: Fill) -> Case {
-        self.inputs.push(CaseInput { shape: shape.into(), dtype: None, fill });
-        self
+    pub fn floats(self, shape: impl Into<Shape>, fill: Fill) -> Case {
+        self.with(shape, None, fill, false)
     }
 
     /// Adds an input that is f32 (f64 in an f64 graph) whatever float type is under test.
-    pub fn single(mut self, shape: impl Into<Shape>, fill: Fill) -> Case {
-        self.inputs.push(CaseInput { shape: shape.into(), dtype: Some(DType::F32), fill });
-        self
+    pub fn single(self, shape: impl Into<Shape>, fill: Fill) -> Case {
+        self.with(shape, Some(DType::F32), fill, false)
+    }
+
+    /// Adds what [`Case::single`] does, but as an input that no gradient flows to.
+    pub fn constant(self, shape: impl Into<Shape>, fill: Fill) -> Case {
+        self.with(shape, Some(DType::F32), fill, true)
     }
 
     /// Adds an integer input.
-    pub fn ints(mut self, shape: impl Into<Shape>, values: &[i32]) -> Case {
+    pub fn ints(self, shape: impl Into<Shape>, values: &[i32]) -> Case {
         let fill = Fill::Values(values.iter().map(|&x| f64::from(x)).collect());
-        self.inputs.push(CaseInput { shape: shape.into(), dtype: Some(DType::I32), fill });
+        self.with(shape, Some(DType::I32), fill, true)
+    }
+
+    fn with(mut self, shape: impl Into<Shape>, dtype: Option<DType>, fill: Fill, constant: bool) -> Case {
+        self.inputs.push(CaseInput { shape: shape.into(), dtype, fill, constant });
         self
     }
 
@@ -113,14 +122,14 @@ impl Case {
             .collect()
     }
 
-    /// The graph: float inputs are parameters (copied, so that in-place ops spare them), integers
-    /// are inputs, outputs are named `out0`, `out1`, ...
+    /// The graph: float inputs are parameters (copied, so that in-place ops spare them), integers and
+    /// constants are inputs, outputs are named `out0`, `out1`, ...
     fn graph(&self, float: DType, backward: bool) -> Result<Graph> {
         let mut g = Graph::new();
         let (mut ins, mut params) = (vec![], vec![]);
-        for i in 0..self.inputs.len() {
+        for (i, input) in self.inputs.iter().enumerate() {
             let spec = self.spec(i, float);
-            if spec.dtype.is_float() {
+            if !input.constant {
                 let p = g.state(Kind::Param, &format!("in{i}"), spec.shape, spec.dtype);
                 params.push(p);
                 ins.push(g.cast(p, spec.dtype));
@@ -166,6 +175,7 @@ pub fn all() -> Vec<Case> {
 struct Running<D> {
     device: D,
     plan: crate::device::PlanId,
+    constant: Vec<bool>,
     outs: usize,
 }
 
@@ -175,7 +185,8 @@ impl<D: Device> Running<D> {
         let outs = plan.outputs.len();
         let seeds: Vec<_> = plan.inputs.iter().filter(|(n, _)| n.starts_with('d')).cloned().collect();
         let id = device.open(plan)?;
-        let mut running = Running { device, plan: id, outs };
+        let constant = case.inputs.iter().map(|c| c.constant).collect();
+        let mut running = Running { device, plan: id, constant, outs };
         for (i, host) in case.values(float).iter().enumerate() {
             running.set(i, host)?;
         }
@@ -188,13 +199,13 @@ impl<D: Device> Running<D> {
 
     fn set(&mut self, i: usize, host: &Host) -> Result<()> {
         let name = format!("in{i}");
-        let at = match host.view().dtype().is_float() {
-            true => Place::State(Kind::Param, &name),
-            false => Place::Input(self.plan, &name),
+        let at = match self.constant[i] {
+            true => Place::Input(self.plan, &name),
+            false => Place::State(Kind::Param, &name),
         };
         match self.device.write(at, host.view()) {
             // An input that the op does not read is not in the plan.
-            Err(Error::Place { .. }) if !host.view().dtype().is_float() => Ok(()),
+            Err(Error::Place { .. }) if self.constant[i] => Ok(()),
             other => other,
         }
     }
@@ -213,14 +224,14 @@ pub fn forward(case: &Case, float: DType, device: impl Device) -> Result<Vec<Hos
     Running::new(case, float, false, device)?.outputs()
 }
 
-/// Runs a case forward and backward and returns its outputs, then the gradient of every float input.
+/// Runs a case forward and backward and returns its outputs, then the gradient of every parameter.
 ///
 /// # Errors
 /// As [`forward`].
 pub fn forward_backward(case: &Case, float: DType, device: impl Device) -> Result<Vec<Host>> {
     let mut r = Running::new(case, float, case.differentiable, device)?;
     let mut all = r.outputs()?;
-    for i in (0..case.inputs.len()).filter(|&i| case.differentiable && case.spec(i, float).dtype.is_float()) {
+    for i in (0..case.inputs.len()).filter(|&i| case.differentiable && !case.inputs[i].constant) {
         all.push(r.device.fetch(Place::State(Kind::Grad, &format!("in{i}")))?);
     }
     Ok(all)
@@ -246,8 +257,8 @@ pub fn gradient_error(case: &Case) -> Result<f64> {
         })
         .collect();
     let mut worst: f64 = 0.0;
-    let float_inputs = (0..hosts.len()).filter(|&i| hosts[i].view().dtype() == DType::F64);
-    for (k, i) in float_inputs.enumerate() {
+    let params = (0..hosts.len()).filter(|&i| !case.inputs[i].constant);
+    for (k, i) in params.enumerate() {
         let x = hosts[i].to_f64();
         let analytic = &gradients[probe.outs + k];
         let typical = (analytic.iter().map(|d| d * d).sum::<f64>() / x.len().max(1) as f64).sqrt();
@@ -268,7 +279,10 @@ pub fn gradient_error(case: &Case) -> Result<f64> {
                 ((value(h)? - value(-h)?) / (2.0 * h), (value(h / 2.0)? - value(-h / 2.0)?) / h);
             let numeric = (4.0 * near - wide) / 3.0;
             let scale = numeric.abs().max(typical).max(1e-6);
-            worst = worst.max((analytic[at] - numeric).abs() / scale);
+            let error = (analytic[at] - numeric).abs() / scale;
+            if error > worst || error.is_nan() {
+                worst = error;
+            }
         }
         probe.set(i, &hosts[i])?;
     }

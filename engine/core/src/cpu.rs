@@ -5,9 +5,11 @@
 //! number of threads.
 mod matmul;
 mod real;
+mod sin_cos;
 
 pub use matmul::{Mat, matmul, matmul_block, piece_rows};
 pub use real::{LANES, Real, axpy, dot, sum};
+pub use sin_cos::sin_cos;
 
 use std::sync::Mutex;
 

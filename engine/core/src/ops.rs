@@ -3,17 +3,28 @@
 
 mod adamw;
 mod add;
+mod cache_append;
 mod cast;
+mod embedding;
 mod fill;
+mod heads;
 mod linear;
+mod mse;
+mod patchify;
 mod q_sample;
+mod qk_norm;
 mod rmsnorm;
+mod rope;
+mod rows;
 mod sampler;
 mod swiglu;
+mod time_embedding;
 
 pub use adamw::{AdamW, AdamWStates};
 pub use add::Repeat;
+pub use heads::Heads;
 pub use linear::{Activation, Epilogue};
+pub use patchify::patch_width;
 pub use q_sample::Noise;
 pub use sampler::{SamplerInputs, SamplerStep};
 
@@ -23,17 +34,28 @@ use crate::cases::Case;
 pub const NAMES: &[&str] = &[
     "adamw",
     "add",
+    "cache_append",
     "cast",
     "clip",
     "ema",
+    "embedding",
     "fill",
+    "gather_rows",
     "linear",
+    "mse",
+    "patchify",
     "q_sample",
+    "qk_norm",
     "reshape",
     "rmsnorm",
+    "rope",
     "sampler_update",
+    "scatter_rows",
+    "sine_positions",
     "sum_squares",
     "swiglu",
+    "time_embedding",
+    "unpatchify",
 ];
 
 /// The case tables of all ops.
@@ -41,13 +63,21 @@ pub(crate) fn cases() -> Vec<Case> {
     [
         adamw::cases(),
         add::cases(),
+        cache_append::cases(),
         cast::cases(),
+        embedding::cases(),
         fill::cases(),
         linear::cases(),
+        mse::cases(),
+        patchify::cases(),
         q_sample::cases(),
+        qk_norm::cases(),
         rmsnorm::cases(),
+        rope::cases(),
+        rows::cases(),
         sampler::cases(),
         swiglu::cases(),
+        time_embedding::cases(),
     ]
     .into_iter()
     .flatten()

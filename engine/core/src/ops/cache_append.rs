@@ -1,0 +1,128 @@
+//! `cache[slots[b], positions[b, t]] = src[b, t, at..at + W]`: new keys or values enter a cache.
+use super::{prelude::*, rows::named};
+
+#[derive(Debug)]
+struct CacheAppend {
+    columns_at: usize,
+}
+
+impl Graph {
+    /// Writes columns `columns_at..columns_at + W` of `src [B, T, Ws]` into `cache [S, Tcap, W]`, in
+    /// place, at `slots` (i32 `[B]`) and `positions` (i32 `[B, T]`). A slot or a position that is
+    /// negative or outside the cache is unused and writes nothing; of rows that meet in one place the
+    /// last stays.
+    #[track_caller]
+    pub fn cache_append(
+        &mut self,
+        cache: Tensor,
+        src: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        columns_at: usize,
+    ) -> Tensor {
+        self.push::<1>(CacheAppend { columns_at }, &[cache, src, slots, positions])[0]
+    }
+}
+
+impl Op for CacheAppend {
+    fn name(&self) -> &'static str {
+        "cache_append"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [cache, src, slots, positions] = operands(ins)?;
+        floats(&[cache, src])?;
+        integers(slots)?;
+        integers(positions)?;
+        let (&[_, _, width], &[b, t, columns]) = (cache.shape.dims(), src.shape.dims()) else {
+            return Err(format!("{cache:?} and {src:?} should be [S, Tcap, W] and [B, T, Ws]"));
+        };
+        if cache.dtype != src.dtype {
+            return Err(format!("{src:?} is of another type than {cache:?}"));
+        }
+        if self.columns_at.checked_add(width).is_none_or(|end| end > columns) {
+            return Err(format!("{src:?} has no {width} columns from column {}", self.columns_at));
+        }
+        if slots.shape.dims() != [b] || positions.shape.dims() != [b, t] {
+            return Err(format!("{slots:?} and {positions:?} do not give places to {src:?}"));
+        }
+        Ok(vec![cache])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+        real!(outs[0], T => self.run::<T>(ins, &mut outs[0]));
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        let values = ins[1].shape.rows() * outs[0].shape.last() * outs[0].dtype.size();
+        Cost { flops: 0, bytes: (2 * values + ins[2].bytes() + ins[3].bytes()) as u64 }
+    }
+
+    fn memory(&self, _: usize) -> Memory {
+        Memory::InPlace { input: 0 }
+    }
+
+    fn adjoint(&self, _: &mut Graph, _: &Node, _: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
+        let stop = Grad::Stop("caches are written while sampling only");
+        Ok(vec![stop, stop, Grad::Integer, Grad::Integer])
+    }
+}
+
+impl CacheAppend {
+    /// Slots in parallel; each goes through the batch in order.
+    fn run<T: Real>(&self, ins: &[In<'_>], cache: &mut Out<'_>) {
+        let (&[count, capacity, width], &[_, t, columns]) = (cache.shape.dims(), ins[1].shape.dims()) else {
+            return;
+        };
+        let (src, slots, positions) = (T::read(&ins[1]), ins[2].i32(), ins[3].i32());
+        let slices = T::write(cache).par_chunks_mut((capacity * width).max(1)).enumerate();
+        slices.for_each(|(slot, cache)| {
+            let here = |b: &usize| named(slots[*b], count) == Some(slot);
+            for n in (0..slots.len()).filter(here).flat_map(|b| b * t..(b + 1) * t) {
+                if let Some(position) = named(positions[n], capacity) {
+                    let row = &src[n * columns + self.columns_at..][..width];
+                    cache[position * width..][..width].copy_from_slice(row);
+                }
+            }
+        });
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |name, at: usize, [s, capacity, w]: [usize; 3], slots: &[i32], positions: &[i32]| {
+        let (b, t) = (slots.len(), positions.len() / slots.len());
+        Case::new("cache_append", name, move |g, x| vec![g.cache_append(x[0], x[1], x[2], x[3], at)])
+            .normal([s, capacity, w])
+            .normal([b, t, 2 * w + 1])
+            .ints([b], slots)
+            .ints([b, t], positions)
+            .without_gradient()
+    };
+    let prompt: Vec<i32> = (0..5 * 31).map(|n| n % 31 - 2).collect();
+    vec![
+        case("one token", 0, [1, 1, 1], &[0], &[0]),
+        case("unused slots and positions", 3, [3, 5, 2], &[2, -1, 0, 3], &[4, -1, 0, 1, 5, 3, 2, 2]),
+        case("prompts", 8, [7, 29, 7], &[6, 1, -1, 3, 0], &prompt),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cases::forward,
+        device::{CpuDevice, CpuOptions},
+    };
+
+    #[test]
+    fn used_rows_reach_their_places_and_nothing_else_changes() {
+        let case = Case::new("cache_append", "", |g, x| vec![g.cache_append(x[0], x[1], x[2], x[3], 1)])
+            .floats([2, 3, 1], Fill::Values(vec![0.0]))
+            .floats([3, 2, 2], Fill::Values((1..=12).map(f64::from).collect()))
+            .ints([3], &[1, -1, 0])
+            .ints([3, 2], &[2, 0, 1, 1, 3, 1]);
+        let device = CpuDevice::new(CpuOptions { threads: 2, poison: true }).unwrap();
+        let out = forward(&case, DType::Bf16, device).unwrap();
+        assert_eq!(out[0].to_f64(), [0.0, 12.0, 0.0, 4.0, 0.0, 2.0]);
+    }
+}

@@ -1,0 +1,180 @@
+//! Rotary positions: each pair of adjacent columns of a q or k head turns by an angle,
+//! `(x[2j], x[2j+1]) -> (x[2j] cos a - x[2j+1] sin a, x[2j] sin a + x[2j+1] cos a)`,
+//! `a = position theta^(-2j/D)`.   Su et al. 2021
+//!
+//! Angles are computed in f64 from the position alone, so a row turns the same in every batch.
+use super::{Heads, prelude::*};
+
+#[derive(Debug, Clone, Copy)]
+struct Rope {
+    heads: Heads,
+    theta: f64,
+}
+
+/// The rotation back, in memory of its own: others may read the gradient that arrives.
+#[derive(Debug)]
+struct RopeBwd(Rope);
+
+impl Graph {
+    /// Turns the q and k heads of `qkv [.., (H + 2 Hkv) D]`, in place, by `positions` (i32, one for
+    /// each row). A row at a negative position is unused and stays as it is.
+    #[track_caller]
+    pub fn rope(&mut self, qkv: Tensor, positions: Tensor, heads: Heads, theta: f64) -> Tensor {
+        self.push::<1>(Rope { heads, theta }, &[qkv, positions])[0]
+    }
+}
+
+/// Turns every pair of a head by its `[cos, sin]`.
+#[inline(always)]
+fn turn<T: Real>(head: &mut [T], table: &[T]) {
+    for (x, t) in head.as_chunks_mut::<2>().0.iter_mut().zip(table.as_chunks::<2>().0) {
+        *x = [x[0] * t[0] - x[1] * t[1], x[0] * t[1] + x[1] * t[0]];
+    }
+}
+
+impl Rope {
+    /// Turns the rows of `y` by `sign` times their angles; rows of `x`, if there are any, are copied
+    /// into `y` before.
+    fn run<T: Real>(&self, x: &[T], positions: &[i32], y: &mut [T], sign: f64, cpu: &Cpu) {
+        let (packed, width) = (self.heads.packed_width(), self.heads.width);
+        let chunk = chunk_rows(packed);
+        // Angles of one step, and for each chunk the turns of its current row.
+        cpu.scratch(width / 2, |steps: &mut [f64]| {
+            for (j, step) in steps.iter_mut().enumerate() {
+                *step = sign * self.theta.powf(-((2 * j) as f64) / width as f64);
+            }
+            cpu.scratch(positions.len().div_ceil(chunk) * width, |tables: &mut [T]| {
+                let pieces = y.par_chunks_mut(chunk * packed).zip(positions.par_chunks(chunk));
+                pieces.zip(tables.par_chunks_mut(width)).enumerate().for_each(|(i, ((y, at), table))| {
+                    if !x.is_empty() {
+                        y.copy_from_slice(&x[i * chunk * packed..][..y.len()]);
+                    }
+                    let used = y.chunks_mut(packed).zip(at).filter(|(_, at)| **at >= 0);
+                    used.for_each(|(row, &at)| simd(|| self.turn_row(row, at, steps, table)));
+                });
+            });
+        });
+    }
+
+    #[inline(always)]
+    fn turn_row<T: Real>(&self, row: &mut [T], position: i32, steps: &[f64], table: &mut [T]) {
+        for (turn, step) in table.as_chunks_mut::<2>().0.iter_mut().zip(steps) {
+            let (sin, cos) = sin_cos(f64::from(position) * step);
+            *turn = [T::of(cos), T::of(sin)];
+        }
+        row[..self.heads.qk_columns()].chunks_mut(self.heads.width).for_each(|head| turn(head, table));
+    }
+}
+
+/// Multiplications and additions on the pairs of the q and k heads; sines are not counted.
+fn cost(heads: Heads, ins: &[Spec], outs: &[Spec]) -> Cost {
+    let pairs = ins[0].shape.rows() * heads.qk_columns() / 2;
+    Cost { flops: 6 * pairs as u64, bytes: traffic(ins, outs) }
+}
+
+impl Op for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        let [qkv, positions] = operands(ins)?;
+        floats(&[qkv])?;
+        integers(positions)?;
+        self.heads.check(qkv)?;
+        if !self.heads.width.is_multiple_of(2) {
+            return Err(format!("heads of {} columns are no pairs; use an even width", self.heads.width));
+        }
+        if self.theta.is_nan() || self.theta <= 0.0 {
+            return Err(format!("theta is {}, not positive", self.theta));
+        }
+        if positions.shape.numel() != qkv.shape.rows() {
+            return Err(format!("{positions:?} does not give one position to each row of {qkv:?}"));
+        }
+        Ok(vec![qkv])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        real!(outs[0], T => self.run::<T>(&[], ins[1].i32(), T::write(&mut outs[0]), 1.0, cpu));
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        cost(self.heads, ins, outs)
+    }
+
+    fn memory(&self, _: usize) -> Memory {
+        Memory::InPlace { input: 0 }
+    }
+
+    fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
+        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); 2]) };
+        let [dx] = g.push(RopeBwd(*self), &[dy, n.ins[1]]);
+        Ok(vec![Grad::To(dx), Grad::Integer])
+    }
+}
+
+impl Op for RopeBwd {
+    fn name(&self) -> &'static str {
+        "rope_bwd"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        self.0.infer(ins)
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        real!(outs[0], T => {
+            self.0.run::<T>(T::read(&ins[0]), ins[1].i32(), T::write(&mut outs[0]), -1.0, cpu);
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        cost(self.0.heads, ins, outs)
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |name, n: usize, heads: usize, kv_heads: usize, width: usize, positions: &[i32]| {
+        let heads = Heads { heads, kv_heads, width };
+        Case::new("rope", name, move |g, x| vec![g.rope(x[0], x[1], heads, 1e4)])
+            .normal([n, heads.packed_width()])
+            .ints([n], positions)
+    };
+    vec![
+        case("one pair", 1, 1, 1, 2, &[3]),
+        case("grouped, unused rows", 7, 3, 1, 6, &[0, 1, -1, 100_000, 2, i32::MIN, 7]),
+        case("several chunks", 331, 2, 2, 18, &(0..331).map(|n| n % 173).collect::<Vec<_>>()),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cases::forward,
+        device::{CpuDevice, CpuOptions},
+        tensor::Host,
+    };
+
+    #[test]
+    fn pairs_turn_by_their_angles_and_values_stay() {
+        let heads = Heads { heads: 1, kv_heads: 1, width: 4 };
+        let case = Case::new("rope", "", move |g, x| vec![g.rope(x[0], x[1], heads, 100.0)])
+            .floats([2, 12], Fill::Values(vec![1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 5.0, 6.0, 7.0, 8.0]))
+            .ints([2], &[3, -1]);
+        let device = CpuDevice::new(CpuOptions::default()).unwrap();
+        let y = forward(&case, DType::F64, device).unwrap().iter().flat_map(Host::to_f64).collect::<Vec<_>>();
+        let head = [3f64.cos(), 3f64.sin(), -0.3f64.sin(), 0.3f64.cos()];
+        let want = [head, head, [5.0, 6.0, 7.0, 8.0]].concat();
+        assert!(want.iter().zip(&y).all(|(a, b)| (a - b).abs() < 1e-15), "{y:?}");
+        assert_eq!(y[12..], [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 5.0, 6.0, 7.0, 8.0]);
+    }
+
+    #[test]
+    fn odd_heads_are_refused() {
+        let mut g = Graph::new();
+        let (x, at) = (g.input("x", [2, 9], DType::F32), g.input("at", [2], DType::I32));
+        g.rope(x, at, Heads { heads: 1, kv_heads: 1, width: 3 }, 1e4);
+        assert!(g.check().unwrap_err().to_string().contains("even width"));
+    }
+}
