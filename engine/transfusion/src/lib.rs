@@ -1,5 +1,6 @@
 //! Transfusion.
 
+pub mod batch;
 pub mod data;
 pub mod error;
 pub mod picture;
