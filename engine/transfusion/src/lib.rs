@@ -14,5 +14,8 @@ pub mod sample;
 pub mod hf;
 pub mod metrics;
 pub mod run_dir;
+pub mod report;
+pub mod run;
+pub mod run_report;
 
 pub use error::{Error, Result};
