@@ -2,4 +2,5 @@
 
 pub mod error;
 pub mod metrics;
+pub mod report;
 pub mod run_dir;
