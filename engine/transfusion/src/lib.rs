@@ -13,6 +13,7 @@ pub mod train;
 pub mod sample;
 pub mod hf;
 pub mod metrics;
+pub mod report;
 pub mod run_dir;
 pub mod report;
 pub mod run;
