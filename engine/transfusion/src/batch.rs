@@ -24,8 +24,8 @@ pub struct Tokens {
 
 impl Tokens {
     /// The five tokens behind a vocabulary of `vocabulary` others: 256 for bytes.
-    pub fn behind(vocabulary: u16) -> Tokens {
-        let [bos, eos, boi, eoi, pad] = [0, 1, 2, 3, 4].map(|i| i32::from(vocabulary) + i);
+    pub fn behind(vocabulary: u32) -> Tokens {
+        let [bos, eos, boi, eoi, pad] = [0, 1, 2, 3, 4].map(|i| vocabulary as i32 + i);
         Tokens { bos, eos, boi, eoi, pad }
     }
 
@@ -167,6 +167,11 @@ impl Batch {
             documents: 0,
             cut: 0,
         }
+    }
+
+    /// Positions that hold a document.
+    pub fn used(&self) -> usize {
+        self.row_start.iter().zip(&self.row_end).filter(|(start, end)| start < end).count()
     }
 
     fn clear(&mut self) {

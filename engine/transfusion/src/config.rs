@@ -1,5 +1,8 @@
 //! What a model is: Hugging Face Llama keys and a `transfusion` block, and the presets.
-use crate::error::{Error, Result};
+use crate::{
+    batch::Tokens,
+    error::{Error, Result},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use transfusion_core::{ops::Heads, tensor::DType};
@@ -128,28 +131,6 @@ fn default_dtype() -> String {
     "float32".into()
 }
 
-/// The ids of the tokens that are not text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tokens {
-    /// Beginning of a document.
-    pub bos: u32,
-    /// End of a document.
-    pub eos: u32,
-    /// Beginning of an image.
-    pub boi: u32,
-    /// End of an image.
-    pub eoi: u32,
-    /// Fills the end of a row.
-    pub pad: u32,
-}
-
-impl Tokens {
-    /// The five ids from `first` on.
-    pub fn from(first: u32) -> Tokens {
-        Tokens { bos: first, eos: first + 1, boi: first + 2, eoi: first + 3, pad: first + 4 }
-    }
-}
-
 /// The names of the presets.
 pub const PRESETS: &[&str] = &["tiny", "text-tiny", "0.16b", "0.37b", "0.76b", "1.4b", "7b"];
 
@@ -228,14 +209,15 @@ impl ModelConfig {
     /// The ids of the tokens that are not text; ids that a plain Llama lacks lie outside its
     /// vocabulary, so nothing matches them.
     pub fn tokens(&self) -> Tokens {
-        let none = self.vocab_size as u32;
+        let none = Tokens::behind(self.vocab_size.max(256) as u32);
+        let id = |id: Option<u32>, none: i32| id.map_or(none, |id| id as i32);
         let t = self.transfusion.as_ref();
         Tokens {
-            bos: self.bos_token_id.unwrap_or(none),
-            eos: self.eos_token_id.unwrap_or(none),
-            boi: t.map_or(none, |t| t.boi_token_id),
-            eoi: t.map_or(none, |t| t.eoi_token_id),
-            pad: t.map_or(none, |t| t.pad_token_id),
+            bos: id(self.bos_token_id, none.bos),
+            eos: id(self.eos_token_id, none.eos),
+            boi: id(t.map(|t| t.boi_token_id), none.boi),
+            eoi: id(t.map(|t| t.eoi_token_id), none.eoi),
+            pad: id(t.map(|t| t.pad_token_id), none.pad),
         }
     }
 
@@ -283,7 +265,7 @@ impl ModelConfig {
                 ("eoi_token_id", t.eoi),
                 ("pad_token_id", t.pad),
             ] {
-                if id as usize >= self.vocab_size {
+                if id < 0 || id as usize >= self.vocab_size {
                     let v = self.vocab_size;
                     return refuse(format!("{key} {id} is missing or outside the vocabulary of {v}"));
                 }
@@ -356,7 +338,7 @@ fn llama(
     positions: usize,
     image: Option<ImageConfig>,
 ) -> ModelConfig {
-    let t = Tokens::from(text as u32);
+    let first = text as u32;
     let padded = if text > 256 { 128 } else { 8 };
     ModelConfig {
         hidden_size: c,
@@ -370,13 +352,13 @@ fn llama(
         rms_norm_eps: default_eps(),
         rope_theta: default_theta(),
         tie_word_embeddings: false,
-        bos_token_id: Some(t.bos),
-        eos_token_id: Some(t.eos),
+        bos_token_id: Some(first),
+        eos_token_id: Some(first + 1),
         torch_dtype: default_dtype(),
         transfusion: Some(Extension {
-            boi_token_id: t.boi,
-            eoi_token_id: t.eoi,
-            pad_token_id: t.pad,
+            boi_token_id: first + 2,
+            eoi_token_id: first + 3,
+            pad_token_id: first + 4,
             qk_norm: false,
             image,
         }),

@@ -6,12 +6,13 @@ use crate::{
 };
 use std::sync::Arc;
 use transfusion_core::{
+    checkpoint::Checkpoint,
     device::{CpuDevice, CpuOptions, Device, Place, PlanId},
     graph::Graph,
     op::Kind,
     plan::Plan,
     random::{Purpose, Stream},
-    tensor::{DType, Host, View, ViewMut},
+    tensor::{DType, Host, Spec, View, ViewMut},
 };
 
 /// A program of the model.
@@ -123,6 +124,36 @@ impl Engine {
     /// Whether running means of the weights are there; sampling and evaluation use them if so.
     pub fn has_ema(&self) -> bool {
         self.has_ema
+    }
+
+    /// Names and types of all weights, or of their running means.
+    pub fn states(&self, kind: Kind) -> Vec<(String, Spec)> {
+        let dtype = if kind == Kind::Param { self.config.dtype() } else { DType::F32 };
+        self.weights.iter().map(|w| (w.name.clone(), Spec::new(w.shape(), dtype))).collect()
+    }
+
+    /// Writes states from a file of a checkpoint.
+    ///
+    /// # Errors
+    /// If one is missing there or of another type.
+    pub fn load_states(
+        &mut self,
+        checkpoint: &Checkpoint,
+        file: &str,
+        kind: Kind,
+        states: &[(String, Spec)],
+    ) -> Result<()> {
+        for (name, want) in states {
+            let host = checkpoint.tensor(file, name)?;
+            let have = host.view();
+            if have.dtype() != want.dtype || have.len() != want.shape.numel() {
+                let (n, dtype) = (have.len(), have.dtype().name());
+                let why = format!("{name} is {n} elements of {dtype}, this model wants {want:?}");
+                return Err(Error::file(checkpoint.dir().join(file), why));
+            }
+            self.device.write(Place::State(kind, name), have)?;
+        }
+        Ok(())
     }
 
     /// Starts running means at the weights.
@@ -256,7 +287,7 @@ impl Engine {
 fn declare(device: &mut dyn Device, weights: &[Weight], kind: Kind, dtype: DType) -> Result<()> {
     let mut g = Graph::new();
     for w in weights {
-        model::state(&mut g, kind, &w.name, &w.shape, dtype);
+        g.state(kind, &w.name, w.shape(), dtype);
     }
     device.open(Arc::new(Plan::new(&g)?))?;
     Ok(())

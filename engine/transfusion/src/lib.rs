@@ -15,7 +15,6 @@ pub mod hf;
 pub mod metrics;
 pub mod report;
 pub mod run_dir;
-pub mod report;
 pub mod run;
 pub mod run_report;
 

@@ -10,7 +10,7 @@ use transfusion_core::{
     graph::Graph,
     op::Kind,
     ops::{Activation, AdamW, AdamWStates, Epilogue, Noise, Repeat, SamplerInputs, SamplerStep},
-    tensor::{DType, Tensor},
+    tensor::{DType, Shape, Tensor},
 };
 
 /// Width of the sinusoidal time embedding.
@@ -39,6 +39,19 @@ pub struct Weight {
 }
 
 impl Weight {
+    /// Its extents.
+    pub fn shape(&self) -> Shape {
+        match *self.shape {
+            [rows, columns] => [rows, columns].into(),
+            _ => [self.elements()].into(),
+        }
+    }
+
+    /// How many numbers it holds.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
     /// Whether weight decay applies: to matrices, not to scales and biases.
     pub fn decays(&self) -> bool {
         self.shape.len() > 1
@@ -200,25 +213,24 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let all = weights(c);
     let mut sum = g.fill(0.0, [1], DType::F32);
     for w in &all {
-        let grad = state(&mut g, Kind::Grad, &w.name, &w.shape, DType::F32);
+        let grad = g.state(Kind::Grad, &w.name, w.shape(), DType::F32);
         sum = g.sum_squares_into(sum, grad);
     }
     let [norm, scale] = g.clip(sum, options.max_norm);
     g.output("grad_norm", norm);
     let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
     for w in &all {
-        let mut optim = |what: &str| {
-            state(&mut g, Kind::Optim, &format!("{}.{what}", w.name), &w.shape, DType::F32)
-        };
+        let mut optim =
+            |what: &str| g.state(Kind::Optim, &format!("{}.{what}", w.name), w.shape(), DType::F32);
         let (m, v) = (optim("m"), optim("v"));
         let master = (dtype == DType::Bf16).then(|| optim("master"));
-        let param = state(&mut g, Kind::Param, &w.name, &w.shape, dtype);
-        let grad = state(&mut g, Kind::Grad, &w.name, &w.shape, DType::F32);
+        let param = g.state(Kind::Param, &w.name, w.shape(), dtype);
+        let grad = g.state(Kind::Grad, &w.name, w.shape(), DType::F32);
         let hyper =
             AdamW { weight_decay: if w.decays() { options.adamw.weight_decay } else { 0.0 }, ..options.adamw };
         let new = g.adamw(hyper, AdamWStates { param, master, m, v, grad }, schedule, scale);
         if let Some(decay) = decay {
-            let mean = state(&mut g, Kind::Ema, &w.name, &w.shape, DType::F32);
+            let mean = g.state(Kind::Ema, &w.name, w.shape(), DType::F32);
             g.ema_into(mean, new, decay, scale);
         }
     }
@@ -304,15 +316,6 @@ pub fn image_graph(c: &ModelConfig, e: Extend, pass: ImagePass) -> Graph {
     b.g
 }
 
-/// A state of any rank up to two.
-pub(crate) fn state(g: &mut Graph, kind: Kind, name: &str, shape: &[usize], dtype: DType) -> Tensor {
-    match *shape {
-        [n] => g.state(kind, name, [n], dtype),
-        [m, n] => g.state(kind, name, [m, n], dtype),
-        _ => Tensor::VOID,
-    }
-}
-
 /// Where rows lie and what they see.
 enum Place {
     /// Packed rows of whole documents.
@@ -347,7 +350,7 @@ impl<'c> Builder<'c> {
     fn weight(&mut self, name: &str) -> Tensor {
         let Some(w) = self.all.iter().find(|w| w.name == name) else { return Tensor::VOID };
         let kept = if self.kind == Kind::Ema { DType::F32 } else { self.dtype };
-        let t = state(&mut self.g, self.kind, name, &w.shape, kept);
+        let t = self.g.state(self.kind, name, w.shape(), kept);
         if kept == self.dtype { t } else { self.g.cast(t, self.dtype) }
     }
 

@@ -19,12 +19,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
     path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
     time::Instant,
 };
 use transfusion_core::{
     checkpoint::{self, Checkpoint},
     device::Device,
+    op::Kind,
 };
 
 /// Everything that decides a run.
@@ -327,6 +327,7 @@ impl Run {
         let dir = RunDir::resume(dir)?;
         let config = read_run_config(&dir.config())?;
         checkpoint::remove_strays(&dir.checkpoints())?;
+        prune(&dir, &config)?;
         let newest = newest_checkpoint(&dir)?;
         let data = open_data(&config, observe)?;
         let trainer = Trainer::resume(device, config.train.clone(), &newest)?;
@@ -522,9 +523,7 @@ impl Run {
         if !path.exists() {
             self.metrics.sync()?;
             self.trainer.save(&path)?;
-            if self.config.output.keep_checkpoints > 0 {
-                checkpoint::prune(&self.dir.checkpoints(), self.config.output.keep_checkpoints)?;
-            }
+            prune(&self.dir, &self.config)?;
             observe(RunEvent::Checkpoint(path));
         }
         Ok(())
@@ -650,12 +649,20 @@ pub fn read_run_config(path: &Path) -> Result<RunConfig> {
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("is no run configuration: {e}")))
 }
 
-fn newest_checkpoint(dir: &RunDir) -> Result<PathBuf> {
+/// Removes the oldest checkpoints beyond those that are kept.
+fn prune(dir: &RunDir, config: &RunConfig) -> Result<()> {
+    match config.output.keep_checkpoints {
+        0 => Ok(()),
+        keep => Ok(checkpoint::prune(&dir.checkpoints(), keep)?),
+    }
+}
+
+fn newest_checkpoint(dir: &RunDir) -> Result<Checkpoint> {
     let newest = checkpoint::newest(&dir.checkpoints())?;
-    newest.path.ok_or_else(|| {
-        let broken: Vec<String> = newest.broken.iter().map(|e| e.to_string()).collect();
-        let broken = if broken.is_empty() { "there is none yet".into() } else { broken.join("; ") };
-        Error::file(dir.checkpoints(), format!("holds no checkpoint that can be loaded: {broken}"))
+    newest.found.map(|(_, checkpoint)| checkpoint).ok_or_else(|| {
+        let skipped: Vec<String> = newest.skipped.iter().map(ToString::to_string).collect();
+        let skipped = if skipped.is_empty() { "there is none yet".into() } else { skipped.join("; ") };
+        Error::file(dir.checkpoints(), format!("holds no checkpoint that can be loaded: {skipped}"))
     })
 }
 
@@ -665,11 +672,11 @@ fn newest_checkpoint(dir: &RunDir) -> Result<PathBuf> {
 /// # Errors
 /// Names what is missing or damaged.
 pub fn load(path: &Path, device: Box<dyn Device>) -> Result<Engine> {
-    if path.join("checkpoints").is_dir() {
+    if path.join("metrics.jsonl").is_file() || path.join("checkpoints").is_dir() {
         return load_checkpoint(&newest_checkpoint(&RunDir::open(path)?)?, device);
     }
     if path.join("state.json").is_file() {
-        return load_checkpoint(path, device);
+        return load_checkpoint(&Checkpoint::open(path)?, device);
     }
     if path.join("config.json").is_file() {
         return hf::import(path, device);
@@ -677,21 +684,19 @@ pub fn load(path: &Path, device: Box<dyn Device>) -> Result<Engine> {
     let why = if path.exists() {
         "is no model: give a run directory, a checkpoint, or a folder with config.json and model.safetensors"
     } else {
-        "does not exist"
+        "does not exist; give a run directory, a checkpoint, or an exported folder"
     };
     Err(Error::file(path, why))
 }
 
-fn load_checkpoint(dir: &Path, device: Box<dyn Device>) -> Result<Engine> {
-    let checkpoint = Checkpoint::open(dir)?;
-    let mut engine = Engine::new(read_config(&checkpoint)?, device)?;
-    engine.load_states(&checkpoint, "model.safetensors", transfusion_core::op::Kind::Param)?;
+fn load_checkpoint(checkpoint: &Checkpoint, device: Box<dyn Device>) -> Result<Engine> {
+    let mut engine = Engine::new(read_config(checkpoint)?, device)?;
+    let weights = engine.states(Kind::Param);
+    engine.load_states(checkpoint, "model.safetensors", Kind::Param, &weights)?;
     if checkpoint.specs("ema.safetensors").is_ok() {
         engine.declare_ema()?;
-        engine.load_states(&checkpoint, "ema.safetensors", transfusion_core::op::Kind::Ema)?;
+        let means = engine.states(Kind::Ema);
+        engine.load_states(checkpoint, "ema.safetensors", Kind::Ema, &means)?;
     }
     Ok(engine)
 }
-
-/// A flag that a signal handler sets and a run looks at.
-pub type CancelFlag = AtomicBool;

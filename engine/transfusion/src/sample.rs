@@ -4,7 +4,8 @@
 //! Several sequences advance together, grouped by what each needs next. Every random number is keyed
 //! by the seed and the sequence, so what a sequence yields does not depend on its company.
 use crate::{
-    config::{Objective, Tokens},
+    batch::Tokens,
+    config::Objective,
     data::Part,
     diffusion::{self, Sampler},
     engine::{Engine, Program, no_images},
@@ -22,7 +23,7 @@ use std::{
     },
 };
 use transfusion_core::{
-    device::{Device, Place},
+    device::Place,
     op::Kind,
     random::{Purpose, Stream, halves},
     tensor::{View, ViewMut},
@@ -131,7 +132,7 @@ pub enum Event {
         /// Which sequence.
         sequence: usize,
         /// The token.
-        token: u32,
+        token: i32,
     },
     /// The images being denoised took a step.
     Denoised {
@@ -189,7 +190,7 @@ pub fn sample(
 /// Something that goes into the cache.
 #[derive(Clone, Debug)]
 enum Item {
-    Token(u32),
+    Token(i32),
     Image(Arc<Picture>),
 }
 
@@ -237,7 +238,7 @@ struct Run<'a> {
     side: usize,
     channels: usize,
     /// Text tokens end here: ids beyond are not text.
-    bytes: u32,
+    bytes: i32,
     capacity: usize,
 }
 
@@ -270,7 +271,7 @@ impl<'a> Run<'a> {
         let new_images = if options.goal == Goal::Text { 0 } else { options.max_images.max(1) };
         let new_text = if options.goal == Goal::Image { 0 } else { options.max_text };
         let capacity = (longest + new_text + new_images * (patches + 2) + 2).max(patches + 2);
-        let bytes = 256.min(config.vocab_size as u32);
+        let bytes = 256.min(config.vocab_size as i32);
         Ok(Run {
             engine,
             options,
@@ -333,7 +334,7 @@ impl<'a> Run<'a> {
             let s = &mut self.sequences[i];
             let mut ids = Vec::new();
             while let (Some(Item::Token(t)), true) = (s.pending.front(), ids.len() < LONGEST) {
-                ids.push(*t as i32);
+                ids.push(*t);
                 s.pending.pop_front();
             }
             rows.push(TextRow { slot: i, at: s.length, ids });
@@ -386,7 +387,7 @@ impl<'a> Run<'a> {
         let images_left = self.sequences[i].images < self.options.max_images && self.patches > 0;
         let may_draw = self.options.goal == Goal::Any && images_left;
         let allowed =
-            |id: u32| id < self.bytes || id == t.eos || (id == t.boi && may_draw);
+            |id: i32| id < self.bytes || id == t.eos || (id == t.boi && may_draw);
         let stream = Stream::new(self.options.seed, Purpose::Token, i as u64);
         let s = &mut self.sequences[i];
         let u = stream.uniform(s.tokens as u32);
@@ -482,7 +483,7 @@ impl<'a> Run<'a> {
             return Ok(rows);
         }
         let n = self.sequences.len();
-        let ids = vec![self.tokens.bos as i32, self.tokens.boi as i32];
+        let ids = vec![self.tokens.bos, self.tokens.boi];
         let twins: Vec<TextRow> =
             chosen.iter().map(|&i| TextRow { slot: n + i, at: 0, ids: ids.clone() }).collect();
         self.run_text(&twins)?;
@@ -566,7 +567,7 @@ fn prompt(parts: &[Part], goal: Goal, t: Tokens, side: usize) -> Result<Sequence
     let mut pending = VecDeque::from([Item::Token(t.bos)]);
     for part in parts {
         match part {
-            Part::Text(bytes) => pending.extend(bytes.iter().map(|b| Item::Token(u32::from(*b)))),
+            Part::Text(bytes) => pending.extend(bytes.iter().map(|b| Item::Token(i32::from(*b)))),
             Part::Image(picture) => {
                 let (w, h) = (picture.width(), picture.height());
                 if w != side || h != side {
@@ -592,9 +593,9 @@ fn cached_length(pending: &VecDeque<Item>, patches: usize) -> usize {
 }
 
 /// The token for a uniform number `u`, among those allowed; none if nothing is allowed.
-fn pick(logits: &[f32], allowed: impl Fn(u32) -> bool, o: &SampleOptions, u: f32) -> Option<u32> {
-    let mut ranked: Vec<(u32, f32)> =
-        logits.iter().enumerate().map(|(i, l)| (i as u32, *l)).filter(|(i, _)| allowed(*i)).collect();
+fn pick(logits: &[f32], allowed: impl Fn(i32) -> bool, o: &SampleOptions, u: f32) -> Option<i32> {
+    let mut ranked: Vec<(i32, f32)> =
+        logits.iter().enumerate().map(|(i, l)| (i as i32, *l)).filter(|(i, _)| allowed(*i)).collect();
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     let best = ranked.first()?.1;
     if o.temperature == 0.0 {

@@ -235,23 +235,20 @@ impl Trainer {
     ///
     /// # Errors
     /// If the checkpoint is damaged or of another model.
-    pub fn resume(device: Box<dyn Device>, options: TrainOptions, dir: &Path) -> Result<Trainer> {
-        let checkpoint = Checkpoint::open(dir)?;
-        let config = read_config(&checkpoint)?;
+    pub fn resume(
+        device: Box<dyn Device>,
+        options: TrainOptions,
+        checkpoint: &Checkpoint,
+    ) -> Result<Trainer> {
+        let config = read_config(checkpoint)?;
         let mut trainer = Trainer::new(Engine::new(config, device)?, options)?;
         let text = checkpoint.text("state.json")?;
-        trainer.progress = serde_json::from_str(&text)
-            .map_err(|e| Error::file(dir.join("state.json"), format!("is no trainer state: {e}")))?;
+        trainer.progress = serde_json::from_str(&text).map_err(|e| {
+            Error::file(checkpoint.dir().join("state.json"), format!("is no trainer state: {e}"))
+        })?;
         for (file, kind) in FILES {
-            for (name, spec) in trainer.states(kind) {
-                let host = checkpoint.tensor(file, &name)?;
-                let (have, want) = (host.view().len(), spec.shape.numel());
-                if have != want {
-                    let why = format!("{name} has {have} elements, this model wants {want}");
-                    return Err(Error::file(dir.join(file), why));
-                }
-                trainer.engine.device().write(Place::State(kind, &name), host.view())?;
-            }
+            let states = trainer.states(kind);
+            trainer.engine.load_states(checkpoint, file, kind, &states)?;
         }
         Ok(trainer)
     }
@@ -279,31 +276,20 @@ impl Trainer {
 
     /// The states of a kind that a checkpoint holds.
     fn states(&self, kind: Kind) -> Vec<(String, Spec)> {
-        let dtype = self.engine.config().dtype();
-        let mut all = Vec::new();
-        for w in self.engine.weights() {
-            let mut add = |name: String, dtype: DType| {
-                let spec = match *w.shape {
-                    [n] => Spec::new([n], dtype),
-                    [m, n] => Spec::new([m, n], dtype),
-                    _ => return,
+        let weights = self.engine.states(kind);
+        match kind {
+            Kind::Ema if self.options.ema == 0.0 => vec![],
+            Kind::Optim => {
+                let masters = self.engine.config().dtype() == DType::Bf16;
+                let parts = if masters { &["m", "v", "master"][..] } else { &["m", "v"] };
+                let of = |(name, spec): &(String, Spec)| {
+                    let spec = Spec { dtype: DType::F32, ..*spec };
+                    parts.iter().map(|part| (format!("{name}.{part}"), spec)).collect::<Vec<_>>()
                 };
-                all.push((name, spec));
-            };
-            match kind {
-                Kind::Param => add(w.name.clone(), dtype),
-                Kind::Ema if self.options.ema > 0.0 => add(w.name.clone(), DType::F32),
-                Kind::Optim => {
-                    add(format!("{}.m", w.name), DType::F32);
-                    add(format!("{}.v", w.name), DType::F32);
-                    if dtype == DType::Bf16 {
-                        add(format!("{}.master", w.name), DType::F32);
-                    }
-                }
-                _ => {}
+                weights.iter().flat_map(of).collect()
             }
+            _ => weights,
         }
-        all
     }
 
     /// Master copies start at the weights.
@@ -360,7 +346,7 @@ impl Trainer {
             lr: self.options.learning_rate(self.progress.step),
             text_targets: batches.iter().map(|b| b.text_count).sum(),
             images: batches.iter().map(|b| b.image_count).sum(),
-            tokens: batches.iter().map(|b| b.token_count).sum(),
+            tokens: batches.iter().map(Batch::used).sum(),
             ..Default::default()
         };
         for batch in batches {
