@@ -397,7 +397,8 @@ pub fn newest(folder: &Path) -> Result<Newest> {
     Ok(Newest { found: None, skipped })
 }
 
-/// Removes the oldest checkpoints of a folder until `keep` are left, but never the last.
+/// Removes the oldest checkpoints of a folder until `keep` are left, but never the last. To be called
+/// after each save, and before the first: processes that die between the two would fill the disk.
 ///
 /// # Errors
 /// Whatever the file system refuses.

@@ -124,7 +124,7 @@ fn log_ticks(low: f64, high: f64) -> (f64, f64, Vec<f64>) {
     let stride = ((last - first) / 8).max(1) as usize;
     let all: Vec<f64> =
         (first..=last).step_by(stride).flat_map(|e| steps.iter().map(move |m| m * 10_f64.powi(e))).collect();
-    let below = all.iter().copied().filter(|&t| t <= low).last().unwrap_or(low);
+    let below = all.iter().copied().rfind(|&t| t <= low).unwrap_or(low);
     let above = all.iter().copied().find(|&t| t >= high).unwrap_or(high);
     (below, above, all.into_iter().filter(|t| (below..=above).contains(t)).collect())
 }
