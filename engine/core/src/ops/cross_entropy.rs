@@ -1,0 +1,198 @@
+//! Cross entropy fused with the output projection, in chunks of rows, so that the logits of the whole
+//! batch never exist at once:
+//!   `loss = sum_r (lse[r] - z[r, target r]) / count`,   `z = h w^T`,   `lse = ln sum_v exp z[r, v]`
+use super::prelude::*;
+
+#[derive(Debug)]
+struct CrossEntropy;
+
+/// `dh` and `dw`; `dw` is added to an accumulator where there is one.
+#[derive(Debug)]
+struct CrossEntropyBwd {
+    accumulate: bool,
+}
+
+impl Graph {
+    /// The loss `[1]` of rows `h [R, C]` under the output projection `w [V, C]`: the sum of the cross
+    /// entropy in nats of `targets` i32 `[R]`, divided by `count [1]`. Targets outside of `0..V` are
+    /// unused; a count of zero yields zero.
+    #[track_caller]
+    pub fn cross_entropy(&mut self, h: Tensor, w: Tensor, targets: Tensor, count: Tensor) -> Tensor {
+        self.push::<2>(CrossEntropy, &[h, w, targets, count])[0]
+    }
+}
+
+/// Rows whose logits one task holds.
+const TASK: usize = 64;
+
+/// Rows whose probabilities exist at once in the backward pass.
+fn window(vocabulary: usize) -> usize {
+    (4_000_000 / vocabulary.max(1)).clamp(TASK, 2048).next_multiple_of(TASK)
+}
+
+/// `1 / count`, or zero.
+fn inverse<T: Real>(count: T) -> T {
+    if count > T::ZERO { T::ONE / count } else { T::ZERO }
+}
+
+/// `ln sum exp` of a row.
+#[inline(always)]
+fn log_sum_exp<T: Real>(z: &[T]) -> T {
+    let mut lanes = [T::NEG_INFINITY; LANES];
+    let (chunks, rest) = z.as_chunks::<LANES>();
+    for c in chunks {
+        for l in 0..LANES {
+            lanes[l] = lanes[l].max(c[l]);
+        }
+    }
+    let top = lanes.iter().chain(rest).fold(T::NEG_INFINITY, |m, x| m.max(*x));
+    top + sum(z.len(), |i| (z[i] - top).exp()).ln()
+}
+
+fn shapes(ins: &[Spec]) -> Result<(), String> {
+    let [h, w, targets, count] = operands(&ins[..4])?;
+    floats(&[h, w, count])?;
+    integers(targets)?;
+    if h.shape.last() != w.shape.last() {
+        return Err(format!("inner dimensions differ: {h:?} times the transpose of {w:?}"));
+    }
+    if targets.shape.numel() != h.shape.rows() || count.shape.numel() != 1 {
+        return Err(format!("{targets:?} is no target for every row of {h:?}, or count {count:?} not [1]"));
+    }
+    Ok(())
+}
+
+impl Op for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        shapes(ins)?;
+        let sums = ins[0].dtype.accumulator();
+        Ok(vec![Spec::new([1], sums), Spec::new([ins[0].shape.rows()], sums)])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        let [loss, lse] = outs else { return };
+        real!(loss, T => {
+            let (c, v) = (ins[1].shape.last(), ins[1].shape.rows());
+            let (h, w) = (T::read(&ins[0]), Mat::new(T::read(&ins[1]), v, c).t());
+            let (targets, lse) = (ins[2].i32(), T::write(lse));
+            cpu.scratch(targets.len(), |each: &mut [T]| {
+                let tasks = lse.par_chunks_mut(TASK).zip(each.par_chunks_mut(TASK));
+                let tasks = tasks.zip(h.par_chunks(TASK * c).zip(targets.par_chunks(TASK)));
+                tasks.for_each(|((lse, each), (h, targets))| cpu.scratch(lse.len() * v, |z: &mut [T]| {
+                    matmul_block(z, v, Mat::new(h, lse.len(), c), w, T::ONE, false);
+                    simd(|| {
+                        for (r, z) in z.chunks(v).enumerate() {
+                            let target = targets[r] as usize;
+                            let used = targets[r] >= 0 && target < v;
+                            lse[r] = if used { log_sum_exp(z) } else { T::ZERO };
+                            each[r] = if used { lse[r] - z[target] } else { T::ZERO };
+                        }
+                    });
+                }));
+                T::write(loss)[0] = sum(each.len(), |r| each[r]) * inverse(T::read(&ins[3])[0]);
+            });
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
+        Cost { flops: product, bytes: traffic(ins, outs) }
+    }
+
+    fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
+        let stop = || Grad::Stop("the count is data");
+        let Some(dloss) = d[0] else { return Ok(vec![stop(); n.ins.len()]) };
+        let mut ins = n.ins.clone();
+        ins.extend([n.outs[1], dloss]);
+        let accumulator = g.accumulator(n.ins[1]);
+        ins.extend(accumulator);
+        let [dh, dw] = g.push(CrossEntropyBwd { accumulate: accumulator.is_some() }, &ins);
+        let dw = if accumulator.is_some() { Grad::Into(dw) } else { Grad::To(dw) };
+        Ok(vec![Grad::To(dh), dw, Grad::Integer, stop()])
+    }
+}
+
+impl Op for CrossEntropyBwd {
+    fn name(&self) -> &'static str {
+        "cross_entropy_bwd"
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        shapes(ins)?;
+        Ok(vec![ins[0], if self.accumulate { ins[6] } else { ins[1] }])
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        let [dh, dw] = outs else { return };
+        real!(dh, T => {
+            let (c, v) = (ins[1].shape.last(), ins[1].shape.rows());
+            let [h, w, lse] = [0, 1, 4].map(|i| T::read(&ins[i]));
+            let (targets, dh, dw) = (ins[2].i32(), T::write(dh), T::write(dw));
+            let scale = T::read(&ins[5])[0] * inverse(T::read(&ins[3])[0]);
+            if !self.accumulate {
+                dw.fill(T::ZERO);
+            }
+            let rows = window(v);
+            for (i, dh) in dh.chunks_mut(rows * c).enumerate() {
+                let n = dh.len() / c;
+                let (h, lse, targets) = (&h[i * rows * c..][..n * c], &lse[i * rows..][..n], &targets[i * rows..][..n]);
+                cpu.scratch(n * v, |dz: &mut [T]| {
+                    let tasks = dz.par_chunks_mut(TASK * v).zip(dh.par_chunks_mut(TASK * c));
+                    tasks.enumerate().for_each(|(j, (dz, dh))| {
+                        let m = dh.len() / c;
+                        let at = j * TASK;
+                        matmul_block(dz, v, Mat::new(&h[at * c..], m, c), Mat::new(w, v, c).t(), T::ONE, false);
+                        simd(|| logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
+                        matmul_block(dh, c, Mat::new(dz, m, v), Mat::new(w, v, c), T::ONE, false);
+                    });
+                    matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true);
+                });
+            }
+        });
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
+        Cost { flops: 3 * product, bytes: traffic(ins, outs) }
+    }
+
+    fn memory(&self, out: usize) -> Memory {
+        if out == 1 && self.accumulate { Memory::InPlace { input: 6 } } else { Memory::Own }
+    }
+}
+
+/// From logits to their gradient, in place: `(softmax(z) - onehot(target)) scale`.
+#[inline(always)]
+fn logits_gradient<T: Real>(z: &mut [T], v: usize, targets: &[i32], lse: &[T], scale: T) {
+    for (r, z) in z.chunks_mut(v).enumerate() {
+        let target = targets[r] as usize;
+        if targets[r] < 0 || target >= v {
+            z.fill(T::ZERO);
+            continue;
+        }
+        for z in z.iter_mut() {
+            *z = (*z - lse[r]).exp() * scale;
+        }
+        z[target] = z[target] - scale;
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |name: &str, r: usize, c: usize, v: usize, targets: &[i32], count: f64| {
+        Case::new("cross_entropy", name, |g, x| vec![g.cross_entropy(x[0], x[1], x[2], x[3])])
+            .normal([r, c])
+            .normal([v, c])
+            .ints([r], targets)
+            .constant([1], Fill::Values(vec![count]))
+    };
+    vec![
+        case("one row", 1, 3, 5, &[2], 1.0),
+        case("unused rows", 7, 13, 11, &[3, -1, 10, 0, 11, 5, -1], 5.0),
+        case("another count", 131, 8, 37, &[0, 5, 36, -1, 7], 40.0),
+        case("nothing counted", 3, 4, 8, &[-1], 0.0),
+    ]
+}
