@@ -2,6 +2,7 @@
 //! its file, and its two lines here.
 
 mod add;
+mod attention;
 mod cast;
 mod fill;
 mod linear;
@@ -9,19 +10,28 @@ mod rmsnorm;
 mod swiglu;
 
 pub use add::Repeat;
+pub use attention::Heads;
 pub use linear::{Activation, Epilogue};
 
 use crate::cases::Case;
 
 /// The names of the ops that have case tables.
-pub const NAMES: &[&str] = &["add", "cast", "fill", "linear", "rmsnorm", "swiglu"];
+pub const NAMES: &[&str] = &["add", "attention", "cast", "fill", "linear", "rmsnorm", "swiglu"];
 
 /// The case tables of all ops.
 pub(crate) fn cases() -> Vec<Case> {
-    [add::cases(), cast::cases(), fill::cases(), linear::cases(), rmsnorm::cases(), swiglu::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        add::cases(),
+        attention::cases(),
+        cast::cases(),
+        fill::cases(),
+        linear::cases(),
+        rmsnorm::cases(),
+        swiglu::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Runs `$body` with `$t` as the real type of `$out`: f64 in an f64 graph, else f32.
