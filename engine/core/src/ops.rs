@@ -3,8 +3,10 @@
 
 mod adamw;
 mod add;
+mod attention;
 mod cache_append;
 mod cast;
+mod cross_entropy;
 mod embedding;
 mod fill;
 mod heads;
@@ -34,9 +36,11 @@ use crate::cases::Case;
 pub const NAMES: &[&str] = &[
     "adamw",
     "add",
+    "attention",
     "cache_append",
     "cast",
     "clip",
+    "cross_entropy",
     "ema",
     "embedding",
     "fill",
@@ -63,8 +67,10 @@ pub(crate) fn cases() -> Vec<Case> {
     [
         adamw::cases(),
         add::cases(),
+        attention::cases(),
         cache_append::cases(),
         cast::cases(),
+        cross_entropy::cases(),
         embedding::cases(),
         fill::cases(),
         linear::cases(),

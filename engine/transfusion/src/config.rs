@@ -161,13 +161,10 @@ impl ModelConfig {
             lambda: 5.0,
         };
         Ok(match name {
-            "tiny" => ModelConfig {
-                tie_word_embeddings: true,
-                ..llama(128, 352, 4, 4, 256, 256, Some(pixels))
-            },
-            "text-tiny" => {
-                ModelConfig { tie_word_embeddings: true, ..llama(128, 336, 4, 4, 256, 64, None) }
+            "tiny" => {
+                ModelConfig { tie_word_embeddings: true, ..llama(128, 352, 4, 4, 256, 256, Some(pixels)) }
             }
+            "text-tiny" => ModelConfig { tie_word_embeddings: true, ..llama(128, 336, 4, 4, 256, 64, None) },
             "0.16b" => paper(768, 2048, 16, 12),
             "0.37b" => paper(1024, 2816, 24, 16),
             "0.76b" => paper(1536, 4096, 24, 24),
@@ -319,7 +316,9 @@ impl ImageConfig {
             return refuse(format!("channels is {channels}; it must be between 1 and 64"));
         }
         if self.positions == PatchPositions::Sine2d && !width.is_multiple_of(4) {
-            return refuse(format!("hidden_size {width} is not a multiple of 4, which sine2d positions need"));
+            return refuse(format!(
+                "hidden_size {width} is not a multiple of 4, which sine2d positions need"
+            ));
         }
         if !self.lambda.is_finite() || self.lambda < 0.0 {
             return refuse(format!("lambda is {}; it must be a number from 0 up", self.lambda));

@@ -53,8 +53,12 @@ pub enum Sampler {
 
 impl Sampler {
     /// Every sampler by its name.
-    pub const ALL: [(&str, Sampler); 4] =
-        [("ddpm", Sampler::Ddpm), ("ddim", Sampler::Ddim), ("euler", Sampler::Euler), ("heun", Sampler::Heun)];
+    pub const ALL: [(&str, Sampler); 4] = [
+        ("ddpm", Sampler::Ddpm),
+        ("ddim", Sampler::Ddim),
+        ("euler", Sampler::Euler),
+        ("heun", Sampler::Heun),
+    ];
 
     /// Whether it can be used with a model of this objective.
     pub fn serves(self, objective: Objective) -> bool {

@@ -82,8 +82,9 @@ pub fn export(engine: &mut Engine, folder: &Path) -> Result<()> {
     let mut writer = Writer::create(folder)?;
     writer.tensors("model.safetensors", &specs, |name, into| {
         let Some(e) = all.iter().find(|e| e.name == name) else { return Ok(()) };
-        let values = engine.read_weight(kind, &e.internal).map_err(|why| {
-            transfusion_core::Error::Place { what: e.internal.clone(), why: why.to_string() }
+        let values = engine.read_weight(kind, &e.internal).map_err(|why| transfusion_core::Error::Place {
+            what: e.internal.clone(),
+            why: why.to_string(),
         })?;
         let rows = e.rows.iter().flat_map(|r| &values[r * e.width..(r + 1) * e.width]);
         match into {
@@ -93,7 +94,8 @@ pub fn export(engine: &mut Engine, folder: &Path) -> Result<()> {
         }
         Ok(())
     })?;
-    let text = serde_json::to_string_pretty(&exported_config(&config)?).map_err(|e| Error::file(folder, e))?;
+    let text =
+        serde_json::to_string_pretty(&exported_config(&config)?).map_err(|e| Error::file(folder, e))?;
     writer.text("config.json", &text)?;
     Ok(writer.commit()?)
 }
@@ -120,9 +122,10 @@ fn exported_config(c: &ModelConfig) -> Result<Value> {
 /// # Errors
 /// Names the file, the key and its value.
 pub fn read_config(path: &Path) -> Result<ModelConfig> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    let mut map: Map<String, Value> = serde_json::from_str(&text)
-        .map_err(|e| Error::file(path, format!("is no JSON object: {e}")))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    let mut map: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|e| Error::file(path, format!("is no JSON object: {e}")))?;
     settle(&mut map);
     let config: ModelConfig = serde_json::from_value(Value::Object(map))
         .map_err(|e| Error::file(path, format!("is no configuration of a model: {e}")))?;

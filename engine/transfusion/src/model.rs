@@ -65,7 +65,8 @@ pub fn weights(c: &ModelConfig) -> Vec<Weight> {
     let heads = c.heads();
     let (width, packed) = (c.hidden_size, (heads.heads + 2 * heads.kv_heads) * heads.width);
     let mut all = Vec::new();
-    let mut add = |name: String, shape: &[usize], init| all.push(Weight { name, shape: shape.to_vec(), init });
+    let mut add =
+        |name: String, shape: &[usize], init| all.push(Weight { name, shape: shape.to_vec(), init });
     let normal = Init::Normal(0.02);
     let residual = Init::Normal(0.02 / (2.0 * c.num_hidden_layers as f64).sqrt());
     add("model.embed_tokens.weight".into(), &[c.vocab_size, width], normal);
@@ -88,12 +89,9 @@ pub fn weights(c: &ModelConfig) -> Vec<Weight> {
     }
     if let Some(image) = c.image() {
         let z = image.patch_width();
-        for (name, out, inner) in [
-            ("time_in", z, TIME_WIDTH),
-            ("time_out", z, z),
-            ("patch_in", width, z),
-            ("patch_out", z, width),
-        ] {
+        for (name, out, inner) in
+            [("time_in", z, TIME_WIDTH), ("time_out", z, z), ("patch_in", width, z), ("patch_out", z, width)]
+        {
             add(format!("transfusion.{name}.weight"), &[out, inner], normal);
             add(format!("transfusion.{name}.bias"), &[out], Init::Zeros);
         }
@@ -226,8 +224,10 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
         let master = (dtype == DType::Bf16).then(|| optim("master"));
         let param = g.state(Kind::Param, &w.name, w.shape(), dtype);
         let grad = g.state(Kind::Grad, &w.name, w.shape(), DType::F32);
-        let hyper =
-            AdamW { weight_decay: if w.decays() { options.adamw.weight_decay } else { 0.0 }, ..options.adamw };
+        let hyper = AdamW {
+            weight_decay: if w.decays() { options.adamw.weight_decay } else { 0.0 },
+            ..options.adamw
+        };
         let new = g.adamw(hyper, AdamWStates { param, master, m, v, grad }, schedule, scale);
         if let Some(decay) = decay {
             let mean = g.state(Kind::Ema, &w.name, w.shape(), DType::F32);
@@ -518,6 +518,7 @@ impl<'c> Builder<'c> {
         let float = self.dtype.accumulator();
         let weights = self.g.input("image_weights", [images], float);
         let count = self.g.input("image_count", [1], float);
-        self.g.mse(prediction, batch.target, weights, count)
+        let (loss, each) = self.g.mse(prediction, batch.target, weights, count);
+        [loss, each]
     }
 }

@@ -179,7 +179,8 @@ impl RunConfig {
     /// # Errors
     /// Names the file and the key.
     pub fn merge(&mut self, path: &Path) -> Result<()> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+        let text =
+            std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
         let over: Value =
             serde_json::from_str(&text).map_err(|e| Error::file(path, format!("is no JSON: {e}")))?;
         let mut root = serde_json::to_value(&*self).map_err(|e| Error::file(path, e))?;
@@ -196,7 +197,9 @@ impl RunConfig {
         self.model.check()?;
         self.train.check()?;
         if self.data.paths.is_empty() {
-            return Err(Error::Config("there is nothing to train on; name a folder, a file, or shapes".into()));
+            return Err(Error::Config(
+                "there is nothing to train on; name a folder, a file, or shapes".into(),
+            ));
         }
         if let Some(image) = self.model.image()
             && image.channels != 3
@@ -347,7 +350,10 @@ impl Run {
             image_first: config.data.image_first,
             condition_drop: config.data.condition_drop,
             image_first_limit: config.data.noise_limit,
-            continuous_time: config.model.image().is_some_and(|i| i.objective == crate::config::Objective::Flow),
+            continuous_time: config
+                .model
+                .image()
+                .is_some_and(|i| i.objective == crate::config::Objective::Flow),
             ..PackOptions::default()
         };
         let tokens = config.model.tokens();
@@ -645,7 +651,8 @@ fn open_data(config: &RunConfig, observe: &mut dyn FnMut(RunEvent)) -> Result<da
 /// # Errors
 /// Names the file.
 pub fn read_run_config(path: &Path) -> Result<RunConfig> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("is no run configuration: {e}")))
 }
 

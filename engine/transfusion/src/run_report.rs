@@ -20,7 +20,12 @@ pub(crate) fn write(config: &RunConfig, dir: &RunDir, grid: Option<&Picture>, at
 ///
 /// # Errors
 /// If the metrics cannot be read.
-pub(crate) fn page(config: &RunConfig, dir: &RunDir, grid: Option<&Picture>, at: &Progress) -> Result<Report> {
+pub(crate) fn page(
+    config: &RunConfig,
+    dir: &RunDir,
+    grid: Option<&Picture>,
+    at: &Progress,
+) -> Result<Report> {
     let records = metrics::read(&dir.metrics())?;
     let points = |name: &str| {
         let name = name.to_string();

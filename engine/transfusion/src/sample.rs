@@ -263,10 +263,8 @@ impl<'a> Run<'a> {
                 "this model draws latents of {channels} channels; pictures need image.channels 3"
             )));
         }
-        let sequences: Vec<Sequence> = prompts
-            .iter()
-            .map(|parts| prompt(parts, options.goal, tokens, side))
-            .collect::<Result<_>>()?;
+        let sequences: Vec<Sequence> =
+            prompts.iter().map(|parts| prompt(parts, options.goal, tokens, side)).collect::<Result<_>>()?;
         let longest = sequences.iter().map(|s| cached_length(&s.pending, patches)).max().unwrap_or(0);
         let new_images = if options.goal == Goal::Text { 0 } else { options.max_images.max(1) };
         let new_text = if options.goal == Goal::Image { 0 } else { options.max_text };
@@ -307,7 +305,9 @@ impl<'a> Run<'a> {
     }
 
     fn select(&self, what: impl Fn(&Sequence) -> bool) -> Vec<usize> {
-        (0..self.sequences.len()).filter(|&i| self.sequences[i].mode != Mode::Done && what(&self.sequences[i])).collect()
+        (0..self.sequences.len())
+            .filter(|&i| self.sequences[i].mode != Mode::Done && what(&self.sequences[i]))
+            .collect()
     }
 
     fn guided(&self) -> bool {
@@ -369,9 +369,13 @@ impl<'a> Run<'a> {
             }
         }
         let plan = self.engine.open(Program::Text(e))?;
-        for (name, values) in
-            [("tokens", &ids), ("positions", &positions), ("row_end", &row_end), ("slots", &slots), ("last", &last)]
-        {
+        for (name, values) in [
+            ("tokens", &ids),
+            ("positions", &positions),
+            ("row_end", &row_end),
+            ("slots", &slots),
+            ("last", &last),
+        ] {
             self.engine.ints(plan, name, values)?;
         }
         self.engine.run(plan)?;
@@ -386,8 +390,7 @@ impl<'a> Run<'a> {
         let t = self.tokens;
         let images_left = self.sequences[i].images < self.options.max_images && self.patches > 0;
         let may_draw = self.options.goal == Goal::Any && images_left;
-        let allowed =
-            |id: i32| id < self.bytes || id == t.eos || (id == t.boi && may_draw);
+        let allowed = |id: i32| id < self.bytes || id == t.eos || (id == t.boi && may_draw);
         let stream = Stream::new(self.options.seed, Purpose::Token, i as u64);
         let s = &mut self.sequences[i];
         let u = stream.uniform(s.tokens as u32);
@@ -522,7 +525,8 @@ impl<'a> Run<'a> {
     ) -> Result<transfusion_core::device::PlanId> {
         let p = self.patches;
         let e = Extend { positions: p, ..e };
-        let (mut slots, mut positions, mut row_end) = (vec![-1; e.rows], vec![-1; e.rows * p], vec![0; e.rows * p]);
+        let (mut slots, mut positions, mut row_end) =
+            (vec![-1; e.rows], vec![-1; e.rows * p], vec![0; e.rows * p]);
         for (r, &(slot, at)) in rows.iter().enumerate().filter(|(_, (slot, _))| *slot != usize::MAX) {
             slots[r] = slot as i32;
             for j in 0..p {
@@ -530,7 +534,8 @@ impl<'a> Run<'a> {
                 row_end[r * p + j] = (at + p) as i32;
             }
         }
-        let copies: Vec<i32> = (0..e.rows).flat_map(|r| (0..p).map(move |j| (r % images * p + j) as i32)).collect();
+        let copies: Vec<i32> =
+            (0..e.rows).flat_map(|r| (0..p).map(move |j| (r % images * p + j) as i32)).collect();
         let plan = self.engine.open(Program::Image(e, pass))?;
         for (name, values) in
             [("slots", &slots), ("positions", &positions), ("row_end", &row_end), ("copies", &copies)]

@@ -85,7 +85,8 @@ impl TrainOptions {
         let refuse = |key: &str, value: String, want: &str| {
             Err(Error::Config(format!("train.{key} is {value}; it must be {want}")))
         };
-        let counts = [("rows", self.rows), ("positions", self.positions), ("accumulation", self.accumulation)];
+        let counts =
+            [("rows", self.rows), ("positions", self.positions), ("accumulation", self.accumulation)];
         for (key, value) in counts {
             if value == 0 || value > 1 << 20 {
                 return refuse(key, value.to_string(), "between 1 and 2^20");
@@ -225,8 +226,12 @@ impl Trainer {
         }
         engine.open(Program::Loss(capacity, LossOptions::TRAIN))?;
         engine.open(Program::Update(options.update()))?;
-        let mut trainer =
-            Trainer { engine, capacity, progress: Progress { seed: options.seed, ..Default::default() }, options };
+        let mut trainer = Trainer {
+            engine,
+            capacity,
+            progress: Progress { seed: options.seed, ..Default::default() },
+            options,
+        };
         trainer.start_masters()?;
         Ok(trainer)
     }

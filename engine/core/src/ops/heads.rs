@@ -1,5 +1,5 @@
 //! How the columns of a packed `qkv` row are shared out.
-use crate::tensor::Spec;
+use crate::{cpu::LANES, tensor::Spec};
 
 /// The heads of an attention layer. A packed row holds the queries of `heads` heads, then the keys of
 /// `kv_heads` heads, then their values.
@@ -27,6 +27,31 @@ impl Heads {
     /// Columns that hold queries and keys: `(H + Hkv) D`.
     pub(super) fn qk_columns(&self) -> usize {
         (self.heads + self.kv_heads) * self.width
+    }
+
+    /// Columns of all keys; also of all values.
+    pub fn kv_columns(&self) -> usize {
+        self.kv_heads * self.width
+    }
+
+    /// Columns of one head as whole vectors.
+    pub(super) fn padded(&self) -> usize {
+        self.width.next_multiple_of(LANES)
+    }
+
+    /// Query heads that share a key head.
+    pub(super) fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Refuses heads that do not divide.
+    pub(super) fn divide(&self) -> Result<(), String> {
+        let sane = self.width > 0 && self.kv_heads > 0 && self.heads > 0;
+        if sane && self.heads.is_multiple_of(self.kv_heads) {
+            Ok(())
+        } else {
+            Err(format!("{self:?} do not divide"))
+        }
     }
 
     /// Refuses rows that are not packed in this way.
