@@ -23,6 +23,15 @@ pub(crate) fn note(text: impl Display) {
     let _ = writeln!(stderr(), "{text}");
 }
 
+/// The text as stdout may show it: on a terminal without what would command the terminal.
+pub(crate) fn harmless(text: &str) -> String {
+    if !stdout().is_terminal() {
+        return text.into();
+    }
+    let shown = |c: char| if c.is_control() && c != '\n' && c != '\t' { '\u{FFFD}' } else { c };
+    text.chars().map(shown).collect()
+}
+
 /// How a word is set off.
 #[derive(Clone, Copy)]
 pub(crate) enum Style {

@@ -89,18 +89,23 @@ impl Plan {
         for (name, n) in training.bytes() {
             lines.push(format!("  {name:12}{:>12}  {n} bytes", bytes(n)));
         }
-        let [loss, update] = training.flops();
+        let [loss, update] = training.flops().map(|n| n as f64);
         lines.push(format!(
-            "  {:12}{:>12}FLOP  (loss {loss}, update {update})",
+            "  {:12}{:>12}FLOP  (loss {}FLOP, update {}FLOP)",
             "work",
-            count((loss + update) as f64)
+            count(loss + update),
+            count(loss),
+            count(update)
         ));
         lines.push(format!("sampling, {rows} sequences, weights of {}", stored(config)));
+        lines.push(format!(
+            "  {:12}{:>9}{:>14}{:>14}{:>16}",
+            "", "positions", "cache each", "scratch", "work"
+        ));
         for s in sampling {
-            let scratch = bytes(s.plan.scratch_bytes as u64);
-            let (cache, work) = (bytes(cache(&s.plan, rows)), count(s.plan.cost().flops as f64));
-            let head = format!("{} of {} positions", s.name, s.positions);
-            lines.push(format!("  {head:28} cache {cache} a sequence, scratch {scratch}, {work}FLOP"));
+            let (each, scratch) = (bytes(cache(&s.plan, rows)), bytes(s.plan.scratch_bytes as u64));
+            let work = count(s.plan.cost().flops as f64);
+            lines.push(format!("  {:12}{:>9}{each:>14}{scratch:>14}{work:>12}FLOP", s.name, s.positions));
         }
         lines.join("\n")
     }

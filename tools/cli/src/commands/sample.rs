@@ -200,7 +200,7 @@ impl Sample {
 
     fn write(&self, target: &Target, to: To, prompt: &[Part], drawn: &[Vec<Part>]) -> Outcome {
         if to != To::Image {
-            texts(drawn).iter().try_for_each(console::print)?;
+            texts(drawn).iter().try_for_each(|text| console::print(console::harmless(text)))?;
         }
         match target {
             Target::Nowhere => Ok(()),
