@@ -63,9 +63,9 @@ pub enum Error {
         /// Name of the state.
         name: String,
         /// As the device holds it.
-        have: Spec,
+        have: Box<Spec>,
         /// As the new plan wants it.
-        want: Spec,
+        want: Box<Spec>,
     },
     /// Not enough memory.
     Memory {

@@ -164,10 +164,8 @@ impl RunConfig {
             let Some(map) = at.as_object_mut() else {
                 return Err(Error::Config(format!("{key}: {part} is below a plain value")));
             };
-            let near = nearest(part, map.keys());
-            at = map.get_mut(part).ok_or_else(|| {
-                Error::Config(format!("there is no setting {key}: no {part}; did you mean {near}?"))
-            })?;
+            let unknown = unknown_key(key, part, map.keys());
+            at = map.get_mut(part).ok_or(Error::Config(unknown))?;
         }
         *at = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.into()));
         *self = serde_json::from_value(root).map_err(|e| Error::Config(format!("{key}={value}: {e}")))?;
@@ -184,7 +182,7 @@ impl RunConfig {
         let over: Value =
             serde_json::from_str(&text).map_err(|e| Error::file(path, format!("is no JSON: {e}")))?;
         let mut root = serde_json::to_value(&*self).map_err(|e| Error::file(path, e))?;
-        overlay(&mut root, over);
+        overlay("", &mut root, over).map_err(|why| Error::file(path, why))?;
         *self = serde_json::from_value(root).map_err(|e| Error::file(path, e))?;
         Ok(())
     }
@@ -233,15 +231,24 @@ fn nearest<'a>(word: &str, keys: impl Iterator<Item = &'a String>) -> String {
     keys.min_by_key(|k| distance(k)).cloned().unwrap_or_default()
 }
 
-fn overlay(onto: &mut Value, over: Value) {
+/// What to say of a key `full` whose last part nothing has, where there are `keys`.
+fn unknown_key<'a>(full: &str, part: &str, keys: impl Iterator<Item = &'a String>) -> String {
+    format!("there is no setting {full}: no {part}; did you mean {}?", nearest(part, keys))
+}
+
+/// Lays settings over others; `at` is their dotted place. A key that is not there is an error.
+fn overlay(at: &str, onto: &mut Value, over: Value) -> std::result::Result<(), String> {
     match (onto, over) {
         (Value::Object(onto), Value::Object(over)) => {
             for (key, value) in over {
-                overlay(onto.entry(key).or_insert(Value::Null), value);
+                let full = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+                let unknown = unknown_key(&full, &key, onto.keys());
+                overlay(&full, onto.get_mut(&key).ok_or(unknown)?, value)?;
             }
         }
         (onto, over) => *onto = over,
     }
+    Ok(())
 }
 
 /// What happens during a run.
@@ -515,8 +522,14 @@ impl Run {
     /// Draws pictures for the first captions that were kept for validation.
     fn sample_grid(&mut self, step: u64, cancel: Cancel<'_>) -> Result<Option<PathBuf>> {
         let Some(source) = self.validation.clone() else { return Ok(None) };
+        // A prompt takes BOS and BOI besides.
+        let room = self.config.model.max_position_embeddings.saturating_sub(2);
         let captions: Vec<Vec<u8>> = (0..source.len().unwrap_or(64).min(64))
             .filter_map(|i| caption(&source.document(i)))
+            .map(|mut caption| {
+                caption.truncate(room);
+                caption
+            })
             .take(16)
             .collect();
         if captions.is_empty() {

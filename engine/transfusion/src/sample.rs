@@ -266,6 +266,12 @@ impl<'a> Run<'a> {
         let sequences: Vec<Sequence> =
             prompts.iter().map(|parts| prompt(parts, options.goal, tokens, side)).collect::<Result<_>>()?;
         let longest = sequences.iter().map(|s| cached_length(&s.pending, patches)).max().unwrap_or(0);
+        let room = config.max_position_embeddings;
+        if longest > room {
+            return Err(Error::Data(format!(
+                "a prompt takes {longest} positions, and this model is meant for {room}; shorten it"
+            )));
+        }
         let new_images = if options.goal == Goal::Text { 0 } else { options.max_images.max(1) };
         let new_text = if options.goal == Goal::Image { 0 } else { options.max_text };
         let capacity = (longest + new_text + new_images * (patches + 2) + 2).max(patches + 2);

@@ -133,7 +133,8 @@ impl TrainOptions {
         Capacity { rows: self.rows, positions: self.positions, text_rows: positions, images }
     }
 
-    fn update(&self) -> UpdateOptions {
+    /// What the optimiser's program is built from.
+    pub fn update(&self) -> UpdateOptions {
         UpdateOptions {
             adamw: AdamW {
                 beta1: self.beta1,
@@ -458,6 +459,8 @@ pub struct Evaluation {
     pub text_nats: f64,
     /// Text targets.
     pub text_targets: usize,
+    /// Text targets that are bytes: all but the ends of documents and the beginnings of images.
+    pub text_bytes: usize,
     /// Noise level and mean squared error of each image.
     pub images: Vec<(f32, f64)>,
 }
@@ -466,6 +469,11 @@ impl Evaluation {
     /// Nats per text target.
     pub fn nats_per_token(&self) -> Option<f64> {
         (self.text_targets > 0).then(|| self.text_nats / self.text_targets as f64)
+    }
+
+    /// Bits per byte of text: what the ends of documents cost is spread over the bytes.
+    pub fn bits_per_byte(&self) -> Option<f64> {
+        (self.text_bytes > 0).then(|| self.text_nats / std::f64::consts::LN_2 / self.text_bytes as f64)
     }
 
     /// Mean squared error over all images.
@@ -508,6 +516,7 @@ pub fn evaluate(
     engine.run(plan)?;
     into.text_nats += f64::from(engine.number(plan, "loss_text")?) * batch.text_count as f64;
     into.text_targets += batch.text_count;
+    into.text_bytes += batch.targets.iter().filter(|target| (0..256).contains(*target)).count();
     if has_images {
         let mut errors = vec![0.0; capacity.images];
         engine.output(plan, "image_errors", &mut errors)?;

@@ -1,2 +1,71 @@
 //! The command line of transfusion.
-fn main() {}
+//!
+//! In reading order: `failure` (exit codes), `console` (what is printed, and interruption), `progress`,
+//! `settings` (what decides a training), and one file for each command.
+mod failure;
+mod console;
+mod progress;
+mod settings;
+mod commands {
+    pub(crate) mod eval;
+    pub(crate) mod export;
+    pub(crate) mod inspect;
+    pub(crate) mod plan;
+    pub(crate) mod sample;
+    pub(crate) mod train;
+}
+
+use clap::{Parser, Subcommand};
+use failure::Outcome;
+use std::process::ExitCode;
+
+/// Train and sample one transformer that predicts the next text token and denoises images.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "\
+A MODEL is a run directory (its newest checkpoint), a checkpoint, or an exported folder.
+
+Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. The first Ctrl-C ends a training after
+its step with a checkpoint, from which `train --resume` goes on; a second one aborts.
+
+Examples:
+  transfusion train --data shapes --out runs/shapes --steps 300
+  transfusion sample runs/shapes --prompt \"a red circle\" --out circle.png
+  transfusion eval runs/shapes --data shapes --json"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Train(commands::train::Train),
+    Sample(commands::sample::Sample),
+    Eval(commands::eval::Eval),
+    Plan(commands::plan::Plan),
+    Inspect(commands::inspect::Inspect),
+    Export(commands::export::Export),
+}
+
+impl Command {
+    fn run(self) -> Outcome {
+        match self {
+            Command::Train(c) => c.run(),
+            Command::Sample(c) => c.run(),
+            Command::Eval(c) => c.run(),
+            Command::Plan(c) => c.run(),
+            Command::Inspect(c) => c.run(),
+            Command::Export(c) => c.run(),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

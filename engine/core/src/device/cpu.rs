@@ -202,7 +202,8 @@ impl Device for CpuDevice {
                 Some(&i) if self.blocks[i].0 == s.spec => i,
                 Some(&i) => {
                     let (kind, name, have) = (s.kind, s.name.clone(), self.blocks[i].0);
-                    return Err(Error::StateClash { kind, name, have, want: s.spec });
+                    let (have, want) = (Box::new(have), Box::new(s.spec));
+                    return Err(Error::StateClash { kind, name, have, want });
                 }
                 None => {
                     self.blocks.push((s.spec, Block::new(s.spec.bytes(), &s.name)?));

@@ -93,6 +93,8 @@ impl fmt::Display for Skipped {
 /// What was found when data was opened.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Report {
+    /// Whether the built-in shapes are among the data.
+    pub shapes: bool,
     /// Documents of folders and `.jsonl` files.
     pub documents: u64,
     /// Different pictures in them.
@@ -107,9 +109,13 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { documents, pictures, text_files, text_bytes, skipped } = self;
-        write!(f, "{documents} documents with {pictures} pictures, ")?;
-        write!(f, "{text_files} text files of {text_bytes} bytes, {} skipped", skipped.len())?;
+        let Report { shapes, documents, pictures, text_files, text_bytes, skipped } = self;
+        let mut found = Vec::new();
+        found.extend(shapes.then(|| "the built-in shapes".to_string()));
+        found.extend((*documents > 0).then(|| format!("{documents} documents with {pictures} pictures")));
+        found.extend((*text_files > 0).then(|| format!("{text_files} text files of {text_bytes} bytes")));
+        found.extend((!skipped.is_empty()).then(|| format!("{} skipped", skipped.len())));
+        f.write_str(&found.join(", "))?;
         let first = skipped.iter().take(10);
         first.enumerate().try_for_each(|(i, s)| write!(f, "{}{s}", if i == 0 { ": " } else { "; " }))
     }
@@ -145,7 +151,10 @@ pub fn open<P: AsRef<Path>>(paths: &[P], options: &OpenOptions) -> Result<Opened
     let mut names = Vec::new();
     for path in paths.iter().map(AsRef::as_ref) {
         match Kind::of(path)? {
-            Kind::Shapes => gathered.shapes(),
+            Kind::Shapes => {
+                report.shapes = true;
+                gathered.shapes();
+            }
             Kind::Text => gathered.text(path, &[path.to_path_buf()], &mut listing, &mut report)?,
             Kind::Interleaved => {
                 listing.interleaved(path)?;

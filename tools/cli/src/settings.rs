@@ -1,0 +1,68 @@
+//! Options that several commands share: what decides a training, and the device.
+use crate::failure::{Failure, Outcome};
+use clap::{Args, ValueEnum, builder::PossibleValuesParser};
+use std::path::PathBuf;
+use transfusion::{config::PRESETS, engine, run::RunConfig};
+use transfusion_core::device::Device;
+
+/// A preset, and what is laid over it.
+#[derive(Args, Debug)]
+pub(crate) struct Settings {
+    /// Model and training to begin with.
+    #[arg(long, value_name = "NAME", default_value = "tiny", value_parser = PossibleValuesParser::new(PRESETS))]
+    pub(crate) preset: String,
+    /// JSON file of settings laid over the preset: an object with any of the keys that --print-config
+    /// of `train` shows.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Settings laid over both, by their dotted keys, as in `train.lr=1e-3` or
+    /// `model.num_hidden_layers=2`. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1.., value_parser = assignment)]
+    set: Vec<(String, String)>,
+}
+
+impl Settings {
+    /// The preset, then the file, then the single settings.
+    pub(crate) fn resolve(&self) -> Outcome<RunConfig> {
+        let mut config = RunConfig::preset(&self.preset)?;
+        if let Some(path) = &self.config {
+            config.merge(path)?;
+        }
+        for (key, value) in &self.set {
+            let keys = "`transfusion train --print-config` shows every setting";
+            config.set(key, value).map_err(|e| Failure::from(e).hint(keys))?;
+        }
+        Ok(config)
+    }
+}
+
+fn assignment(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a setting is written KEY=VALUE")?;
+    Ok((key.trim().into(), value.trim().into()))
+}
+
+/// Where a model runs.
+#[derive(Args, Debug)]
+pub(crate) struct Machine {
+    /// What it runs on; auto takes the best there is.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: DeviceName,
+    /// Threads; 0 is one for each core. Results do not depend on it.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
+    threads: u16,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DeviceName {
+    Auto,
+    Cpu,
+}
+
+impl Machine {
+    /// Opens it.
+    pub(crate) fn open(&self) -> Outcome<Box<dyn Device>> {
+        match self.device {
+            DeviceName::Auto | DeviceName::Cpu => Ok(engine::cpu(usize::from(self.threads))?),
+        }
+    }
+}
