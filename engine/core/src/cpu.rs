@@ -38,14 +38,18 @@ impl Cpu {
     }
 }
 
-/// Runs `f` with the widest vector instructions that this processor has.
-#[inline(always)]
-pub fn simd<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || f(),
-    )
+/// Evaluates an expression with the widest vector instructions that this processor has. A macro, since
+/// only what is inlined where they are enabled is compiled for them: what the expression calls should be
+/// `#[inline(always)]`. The rest runs as plain SSE2, with a library call for each `mul_add`.
+macro_rules! simd {
+    ($body:expr) => {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || $body,
+        )
+    };
 }
+pub(crate) use simd;
 
 /// How many rows of `width` elements one parallel chunk takes: about 16 k elements.
 pub fn chunk_rows(width: usize) -> usize {

@@ -201,10 +201,11 @@ impl Graph {
 /// rows, an output that lives in an input's memory fits there.
 fn consistent(op: &dyn Op, ins: &[Spec], outs: Vec<Spec>) -> Result<Vec<Spec>, String> {
     let all = || ins.iter().chain(&outs).map(|s| s.dtype);
-    if op.name() != "cast" && all().any(|d| d == DType::F64) {
-        if let Some(d) = all().find(|d| d.is_float() && *d != DType::F64) {
-            return Err(format!("f64 is mixed with {}", d.name()));
-        }
+    if op.name() != "cast"
+        && all().any(|d| d == DType::F64)
+        && let Some(d) = all().find(|d| d.is_float() && *d != DType::F64)
+    {
+        return Err(format!("f64 is mixed with {}", d.name()));
     }
     for (o, out) in outs.iter().enumerate() {
         match op.memory(o) {

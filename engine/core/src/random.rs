@@ -160,7 +160,7 @@ fn sin_cos_turn(u: f32) -> (f32, f32) {
     let z = x * x;
     let s = 2.755_731_9e-6_f32.mul_add(z, -1.984_127e-4).mul_add(z, 8.333_334e-3);
     let s = s.mul_add(z, -0.166_666_67).mul_add(z * x, x);
-    let c = (-2.755_731_9e-7_f32).mul_add(z, 2.480_158_7e-5).mul_add(z, -1.388_888_9e-3);
+    let c = (-2.755_732e-7_f32).mul_add(z, 2.480_158_7e-5).mul_add(z, -1.388_888_9e-3);
     let c = c.mul_add(z, 4.166_666_8e-2).mul_add(z, -0.5).mul_add(z, 1.0);
     let (swap, neg_s, neg_c) = match q as i32 & 3 {
         0 => (false, false, false),

@@ -102,7 +102,7 @@ impl Op for SumSquares {
             // Every chunk in T, the chunks in f64, in their order.
             let total = cpu.scratch(x.len().div_ceil(CHUNK), |parts: &mut [f64]| {
                 let each = parts.par_iter_mut().zip(x.par_chunks(CHUNK));
-                each.for_each(|(part, x)| *part = simd(|| dot(x, x)).f64());
+                each.for_each(|(part, x)| *part = simd!(dot(x, x)).f64());
                 parts.iter().sum::<f64>()
             });
             let sum = &mut T::write(&mut outs[0])[0];
@@ -178,7 +178,7 @@ impl Op for AdamWStep {
             };
             let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
             let each = param.par_chunks_mut(CHUNK).zip(grad.par_chunks_mut(CHUNK)).zip(moments);
-            each.for_each(|((p, g), (m, v))| simd(|| step.apply(p, m, v, g)));
+            each.for_each(|((p, g), (m, v))| simd!(step.apply(p, m, v, g)));
             copy.copy_from_slice(&param[..copy.len()]);
         });
     }
@@ -253,7 +253,7 @@ impl Op for Ema {
                 return;
             }
             let each = T::write(&mut outs[0]).par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-            each.for_each(|(mean, x)| simd(|| {
+            each.for_each(|(mean, x)| simd!({
                 for (mean, x) in mean.iter_mut().zip(x) {
                     *mean += (T::ONE - decay) * (*x - *mean);
                 }

@@ -103,7 +103,7 @@ impl Add {
         let (a, b, y) = (T::read(a), T::read(b), T::write(y));
         let chunk = chunk_rows(width);
         y.par_chunks_mut(chunk * width).enumerate().for_each(|(i, y)| {
-            simd(|| {
+            simd!({
                 if !self.in_place {
                     y.copy_from_slice(&a[i * chunk * width..][..y.len()]);
                 }
@@ -156,7 +156,7 @@ impl AddBwd {
         let (dy, db, scale) = (T::read(dy), T::write(db), T::of(f64::from(self.scale)));
         db.par_chunks_mut(width).enumerate().for_each(|(row, db)| {
             db.fill(T::ZERO);
-            let mut gather = |n: usize| simd(|| axpy(db, scale, &dy[n * width..][..width]));
+            let mut gather = |n: usize| simd!(axpy(db, scale, &dy[n * width..][..width]));
             match self.repeat {
                 Repeat::None => gather(row),
                 Repeat::Each(count) => (row * count..(row + 1) * count).for_each(gather),

@@ -351,7 +351,7 @@ impl<T: Real> Problem<'_, T> {
     fn few(&self, b: usize, slot: usize, o: &mut [T], lse: &mut [T], cpu: &Cpu) {
         let (h, width) = (self.heads, self.heads.width);
         cpu.scratch(self.panel_keys(), |s: &mut [T]| {
-            simd(|| {
+            simd!({
                 for (n, o) in o.chunks_exact_mut(width).enumerate() {
                     let (i, head) = (n / h.heads, n % h.heads);
                     let k = self.kv(self.k, slot, head / h.group());
@@ -381,7 +381,7 @@ impl<T: Real> Problem<'_, T> {
             let (packed, parts) = all.split_at_mut(h.kv_heads * (k_len + v_len));
             packed.par_chunks_mut(k_len + v_len).enumerate().for_each(|(head, packed)| {
                 let (k, v) = packed.split_at_mut(k_len);
-                simd(|| {
+                simd!({
                     self.kv(self.k, slot, head).panels::<LANES>(union.clone(), k);
                     self.kv(self.v, slot, head).pad(union.clone(), h.padded(), v);
                 });
@@ -423,7 +423,7 @@ impl<T: Real> Problem<'_, T> {
             let (q, sum) = all.split_at_mut(TILE * h.width);
             let tile = self.q(b, head);
             let tile = Columns { data: &tile.data[first * tile.stride..], ..tile };
-            simd(|| {
+            simd!({
                 tile.panels::<GROUP>(0..rows, q);
                 sum.fill(T::ZERO);
                 let mut state = Softmax { top: [T::NEG_INFINITY; TILE], total: [T::ZERO; TILE], o: sum };
@@ -584,7 +584,7 @@ impl<T: Real> Problem<'_, T> {
         let query_len = queries * (2 * h.width + 2 * padded + 1);
         let union = self.union(b, 0..self.queries);
         cpu.scratch(key_len + h.group() * query_len, |mut all: &mut [T]| {
-            simd(|| {
+            simd!({
                 let keys = self.pack_keys(slot, head, &union, cut(&mut all, key_len));
                 let heads: Vec<_> = (0..h.group())
                     .map(|g| self.pack_queries(b, head * h.group() + g, arrived, cut(&mut all, query_len)))

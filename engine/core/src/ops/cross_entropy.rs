@@ -84,7 +84,7 @@ impl Op for CrossEntropy {
                 let tasks = tasks.zip(h.par_chunks(TASK * c).zip(targets.par_chunks(TASK)));
                 tasks.for_each(|((lse, each), (h, targets))| cpu.scratch(lse.len() * v, |z: &mut [T]| {
                     matmul_block(z, v, Mat::new(h, lse.len(), c), w, T::ONE, false);
-                    simd(|| {
+                    simd!({
                         for (r, z) in z.chunks(v).enumerate() {
                             let target = targets[r] as usize;
                             let used = targets[r] >= 0 && target < v;
@@ -146,7 +146,7 @@ impl Op for CrossEntropyBwd {
                         let m = dh.len() / c;
                         let at = j * TASK;
                         matmul_block(dz, v, Mat::new(&h[at * c..], m, c), Mat::new(w, v, c).t(), T::ONE, false);
-                        simd(|| logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
+                        simd!(logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
                         matmul_block(dh, c, Mat::new(dz, m, v), Mat::new(w, v, c), T::ONE, false);
                     });
                     matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true);

@@ -101,7 +101,7 @@ impl Linear {
             matmul_block(pre, m, x.rows(i * step, rows), w, T::ONE, false);
             let out = if width == 0 { m } else { width };
             let residual = if self.residual { &residual[i * step * out..][..rows * out] } else { &[] };
-            simd(|| self.finish(pre, y, bias, residual));
+            simd!(self.finish(pre, y, bias, residual));
         };
         let pres = pre.par_chunks_mut((step * m).max(1)).enumerate();
         if width == 0 {

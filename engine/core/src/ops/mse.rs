@@ -54,7 +54,7 @@ impl Op for Mse {
             per_image.par_iter_mut().zip(weights).zip(images).for_each(|((error, w), (p, t))| {
                 let square = |e: usize| (p[e] - t[e]) * (p[e] - t[e]);
                 let used = *w != T::ZERO;
-                *error = if used { simd(|| sum(size, square)) / T::of(size as f64) } else { T::ZERO };
+                *error = if used { simd!(sum(size, square)) / T::of(size as f64) } else { T::ZERO };
             });
             let empty = count[0] == T::ZERO;
             loss[0] = if empty { T::ZERO } else { dot(weights, per_image) / count[0] };
@@ -93,7 +93,7 @@ impl Op for MseBwd {
             let [pred, target, weights, count, dloss] = [0, 1, 2, 3, 4].map(|i| T::read(&ins[i]));
             let size = pred.len() / weights.len();
             let images = pred.par_chunks(size).zip(target.par_chunks(size)).zip(weights);
-            T::write(&mut outs[0]).par_chunks_mut(size).zip(images).for_each(|(dp, ((p, t), w))| simd(|| {
+            T::write(&mut outs[0]).par_chunks_mut(size).zip(images).for_each(|(dp, ((p, t), w))| simd!({
                 if *w == T::ZERO || count[0] == T::ZERO {
                     return dp.fill(T::ZERO);
                 }

@@ -50,7 +50,7 @@ impl Op for QkNorm {
             let [x, wq, wk] = [0, 1, 2].map(|i| T::read(&ins[i]));
             let (y, chunk) = (T::write(&mut outs[0]), chunk_rows(packed));
             let rows = y.par_chunks_mut(chunk * packed).zip(x.par_chunks(chunk * packed));
-            rows.for_each(|(y, x)| simd(|| {
+            rows.for_each(|(y, x)| simd!({
                 y.copy_from_slice(x);
                 for row in y.chunks_mut(packed) {
                     for (h, y) in row[..self.heads.qk_columns()].chunks_mut(width).enumerate() {
@@ -107,7 +107,7 @@ impl Op for QkNormBwd {
             // Each chunk sums its own dwq and dwk; the sums are added in the order of the chunks.
             cpu.scratch(rows.div_ceil(chunk) * 2 * width, |parts: &mut [T]| {
                 let pieces = dx.par_chunks_mut(chunk * packed).zip(parts.par_chunks_mut(2 * width)).enumerate();
-                pieces.for_each(|(i, (dx, dw))| simd(|| {
+                pieces.for_each(|(i, (dx, dw))| simd!({
                     dw.fill(T::ZERO);
                     for (j, dx) in dx.chunks_mut(packed).enumerate() {
                         let row = (i * chunk + j) * packed..(i * chunk + j + 1) * packed;

@@ -58,7 +58,7 @@ impl Op for RmsNorm {
             let (width, chunk) = (ins[1].shape.last(), chunk_rows(ins[1].shape.last()));
             let (x, w, y, r) = (T::read(&ins[0]), T::read(&ins[1]), T::write(y), T::write(r));
             let rows = y.par_chunks_mut(chunk * width).zip(r.par_chunks_mut(chunk)).zip(x.par_chunks(chunk * width));
-            rows.for_each(|((y, r), x)| simd(|| {
+            rows.for_each(|((y, r), x)| simd!({
                 for ((y, r), x) in y.chunks_mut(width).zip(r).zip(x.chunks(width)) {
                     *r = rstd(x, self.eps);
                     for c in 0..y.len() {
@@ -112,7 +112,7 @@ impl Op for RmsNormBwd {
             // Each chunk sums its own dw; the sums are added in the order of the chunks.
             cpu.scratch(r.len().div_ceil(chunk) * width, |parts: &mut [T]| {
                 let rows = dx.par_chunks_mut(chunk * width).zip(parts.par_chunks_mut(width)).enumerate();
-                rows.for_each(|(i, (dx, dw))| simd(|| {
+                rows.for_each(|(i, (dx, dw))| simd!({
                     dw.fill(T::ZERO);
                     for (j, dx) in dx.chunks_mut(width).enumerate() {
                         let n = i * chunk + j;

@@ -50,7 +50,7 @@ impl Rope {
                         y.copy_from_slice(&x[i * chunk * packed..][..y.len()]);
                     }
                     let used = y.chunks_mut(packed).zip(at).filter(|(_, at)| **at >= 0);
-                    used.for_each(|(row, &at)| simd(|| self.turn_row(row, at, steps, table)));
+                    used.for_each(|(row, &at)| simd!(self.turn_row(row, at, steps, table)));
                 });
             });
         });

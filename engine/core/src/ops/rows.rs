@@ -47,7 +47,7 @@ fn for_named<T: Real>(table: &mut [T], width: usize, index: &[i32], f: impl Fn(&
     let range = (table.len() / width.max(1)).div_ceil(32).max(8);
     table.par_chunks_mut((range * width).max(1)).enumerate().for_each(|(i, table)| {
         let rows = table.len() / width;
-        simd(|| {
+        simd!({
             for (r, &n) in index.iter().enumerate() {
                 let here = i64::from(n) - (i * range) as i64;
                 if let Some(row) = usize::try_from(here).ok().filter(|&row| row < rows) {
@@ -118,7 +118,7 @@ impl Op for GatherRowsBwd {
             if !self.accumulate {
                 dx.fill(T::ZERO);
             }
-            for_named(dx, width, index, |dx, r| axpy(dx, T::ONE, &dy[r * width..][..width]));
+            for_named(dx, width, index, #[inline(always)] |dx, r| axpy(dx, T::ONE, &dy[r * width..][..width]));
         });
     }
 

@@ -64,7 +64,7 @@ impl Op for SwiGlu {
         real!(outs[0], T => {
             let (x, y) = (T::read(&ins[0]), T::write(&mut outs[0]));
             let chunk = chunk_rows(2);
-            y.par_chunks_mut(chunk).zip(x.par_chunks(2 * chunk)).for_each(|(y, x)| simd(|| swiglu_row(x, y)));
+            y.par_chunks_mut(chunk).zip(x.par_chunks(2 * chunk)).for_each(|(y, x)| simd!(swiglu_row(x, y)));
         });
     }
 
@@ -93,7 +93,7 @@ impl Op for SwiGluBwd {
             let (x, dy, dx) = (T::read(&ins[0]), T::read(&ins[1]), T::write(&mut outs[0]));
             let chunk = chunk_rows(2);
             let rows = dx.par_chunks_mut(2 * chunk).zip(x.par_chunks(2 * chunk)).zip(dy.par_chunks(chunk));
-            rows.for_each(|((dx, x), dy)| simd(|| {
+            rows.for_each(|((dx, x), dy)| simd!({
                 let pairs = dx.as_chunks_mut::<2>().0.iter_mut().zip(x.as_chunks::<2>().0);
                 for ((dx, x), dy) in pairs.zip(dy) {
                     let (y, slope) = silu(x[0]);
@@ -121,7 +121,7 @@ impl Op for SiluBwd {
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         real!(outs[0], T => {
             let (x, dy, dx) = (T::read(&ins[0]), T::read(&ins[1]), T::write(&mut outs[0]));
-            simd(|| {
+            simd!({
                 for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
                     *dx = *dy * silu(*x).1;
                 }

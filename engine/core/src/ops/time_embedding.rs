@@ -71,7 +71,7 @@ impl Op for TimeEmbedding {
         real!(outs[0], T => cpu.scratch(self.width / 2, |f| {
             frequencies(f);
             let (times, y) = (T::read(&ins[0]), T::write(&mut outs[0]));
-            y.par_chunks_mut(self.width).zip(times).for_each(|(y, t)| simd(|| {
+            y.par_chunks_mut(self.width).zip(times).for_each(|(y, t)| simd!({
                 let (cosines, sines) = y.split_at_mut(f.len());
                 waves(t.f64(), f, sines, cosines);
             }));
@@ -100,7 +100,7 @@ impl Op for SinePositions {
     fn eval(&self, _: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => cpu.scratch(self.width / 4, |f| {
             frequencies(f);
-            T::write(&mut outs[0]).par_chunks_mut(self.width).enumerate().for_each(|(p, y)| simd(|| {
+            T::write(&mut outs[0]).par_chunks_mut(self.width).enumerate().for_each(|(p, y)| simd!({
                 let (along, down) = y.split_at_mut(2 * f.len());
                 for (at, part) in [(p % self.grid, along), (p / self.grid, down)] {
                     let (sines, cosines) = part.split_at_mut(f.len());
