@@ -272,8 +272,9 @@ fn assert_no_two_live_values_overlap(plan: &Plan) {
     assert!(readers.len() > 1);
 }
 
-/// A random program of adds, products, views, copies and in-place sums over a few inputs.
-fn random_graph(seed: u64) -> Graph {
+/// A random program of adds, products, views, copies and in-place sums over a few inputs. With `keep`,
+/// every value is an output too, so that no memory is used twice.
+fn random_graph(seed: u64, keep: bool) -> Graph {
     let s = Stream::new(seed, Purpose::Test, 0);
     let mut at = 0;
     let mut below = |n: usize| {
@@ -284,7 +285,7 @@ fn random_graph(seed: u64) -> Graph {
     let x = g.input("x", [6, 8], DType::F32);
     let w = g.state(Kind::Param, "w", [8, 8], DType::F32);
     let mut live: Vec<Tensor> = vec![x, g.fill(0.5, [6, 8], DType::F32)];
-    for _ in 0..4 + below(24) {
+    for n in 0..4 + below(24) {
         let (a, b) = (live[below(live.len())], live[below(live.len())]);
         let new = match below(6) {
             0 => g.add_scaled(a, b, 0.5, Repeat::None),
@@ -304,6 +305,9 @@ fn random_graph(seed: u64) -> Graph {
                 g.cast(bf, DType::F32)
             }
         };
+        if keep {
+            g.output(&format!("kept{n}"), new);
+        }
         live.push(new);
         if live.len() > 6 {
             live.remove(below(live.len()));
@@ -322,23 +326,28 @@ fn no_two_live_values_share_memory_and_poison_changes_nothing() {
         assert_no_two_live_values_overlap(&Plan::new(&g).unwrap());
     }
     for seed in 0..300 {
-        let plan = Arc::new(Plan::new(&random_graph(seed)).unwrap());
+        let [plan, roomy] = [false, true].map(|keep| Plan::new(&random_graph(seed, keep)).unwrap());
         assert_no_two_live_values_overlap(&plan);
-        let values = |poison| {
-            let mut device = CpuDevice::new(CpuOptions { threads: 1, poison }).unwrap();
-            let id = device.open(plan.clone()).unwrap();
-            let numbers = |n: u64, len| {
-                let s = Stream::new(n, Purpose::Test, seed);
-                Host::from_f64(DType::F32, (0..len).map(|i| f64::from(s.normal(i))))
-            };
-            device.write(Place::Input(id, "x"), numbers(1, 48).view()).unwrap();
-            if plan.states.iter().any(|s| s.name == "w") {
-                device.write(Place::State(Kind::Param, "w"), numbers(2, 64).view()).unwrap();
-            }
-            device.run(id).unwrap();
-            let outputs = plan.outputs.iter().map(|(name, _)| device.fetch(Place::Output(id, name)).unwrap());
-            outputs.map(|h| h.view().bytes().to_vec()).collect::<Vec<_>>()
-        };
-        assert_eq!(values(false), values(true), "random graph {seed}");
+        let want = random_outputs(&roomy, seed, false);
+        for poison in [false, true] {
+            assert_eq!(random_outputs(&plan, seed, poison), want, "random graph {seed}, poison {poison}");
+        }
     }
+}
+
+/// The outputs `out0`, `out1`, ... of a random program.
+fn random_outputs(plan: &Plan, seed: u64, poison: bool) -> Vec<Vec<u8>> {
+    let mut device = CpuDevice::new(CpuOptions { threads: 1, poison }).unwrap();
+    let id = device.open(Arc::new(plan.clone())).unwrap();
+    let numbers = |n: u64, len| {
+        let s = Stream::new(n, Purpose::Test, seed);
+        Host::from_f64(DType::F32, (0..len).map(|i| f64::from(s.normal(i))))
+    };
+    device.write(Place::Input(id, "x"), numbers(1, 48).view()).unwrap();
+    if plan.states.iter().any(|s| s.name == "w") {
+        device.write(Place::State(Kind::Param, "w"), numbers(2, 64).view()).unwrap();
+    }
+    device.run(id).unwrap();
+    let names = plan.outputs.iter().map(|(name, _)| name).filter(|name| name.starts_with("out"));
+    names.map(|name| device.fetch(Place::Output(id, name)).unwrap().view().bytes().to_vec()).collect()
 }

@@ -307,10 +307,12 @@ fn what_is_sampled_does_not_depend_on_company() {
             let mut draw = |prompts: &[Vec<Part>]| {
                 sample(&mut engine, prompts, &options, &mut |_| (), Cancel(None)).unwrap()
             };
-            let alone = draw(&company[..1]);
             let together = draw(&company);
-            assert_eq!(alone[0], together[0], "{goal:?} {guidance}");
             assert_eq!(draw(&company), together, "{goal:?} {guidance}");
+            assert_eq!(draw(&company[..1])[0], together[0], "{goal:?} {guidance}");
+            // The third is drawn beside others, at other times.
+            let others = [text("quite other words, and more of them"), text("x"), company[2].clone()];
+            assert_eq!(draw(&others)[2], together[2], "{goal:?} {guidance}");
             assert_ne!(together[0], draw(&vec![company[0].clone(); 2])[1], "sequences share random numbers");
         }
     }

@@ -170,3 +170,20 @@ fn a_step_of_four_micro_batches_equals_a_step_of_one() {
     assert!((one.0.grad_norm - four.0.grad_norm).abs() <= 1e-6 * one.0.grad_norm);
     assert_eq!((one.0.text_targets, one.0.images), (four.0.text_targets, four.0.images));
 }
+
+/// The noise of an image is a function of the seed and its document: not of chance, not of its place.
+#[test]
+fn noise_follows_seed_and_document() {
+    let model = mixed();
+    let capacity = Capacity { rows: 1, positions: 48, text_rows: 48, images: 1 };
+    let loss = |seed: u64, visit: i32| {
+        let engine = Engine::initialised(model.clone(), cpu(1).unwrap(), 1).unwrap();
+        let options = TrainOptions { rows: 1, positions: 48, images: 1, seed, ..TrainOptions::default() };
+        let mut batch = pack(&model, capacity, vec![document(&["a", "#"], 1)]);
+        batch.noise_keys[0] = visit;
+        Trainer::new(engine, options).unwrap().step(&[batch]).unwrap().loss_image
+    };
+    assert_eq!(loss(1, 0), loss(1, 0));
+    assert_ne!(loss(1, 0), loss(2, 0));
+    assert_ne!(loss(1, 0), loss(1, 1));
+}
