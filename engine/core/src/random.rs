@@ -82,15 +82,12 @@ impl Stream {
     /// Fills `out` with the normals of elements `first..`; `first` must be a multiple of four.
     pub fn fill_normal(&self, first: u32, out: &mut [f32]) {
         debug_assert!(first.is_multiple_of(4));
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                for (i, four) in out.chunks_mut(4).enumerate() {
-                    let z = self.normals(first / 4 + i as u32);
-                    four.copy_from_slice(&z[..four.len()]);
-                }
-            },
-        );
+        crate::cpu::simd!({
+            for (i, four) in out.chunks_mut(4).enumerate() {
+                let z = self.normals(first / 4 + i as u32);
+                four.copy_from_slice(&z[..four.len()]);
+            }
+        });
     }
 
     /// Four standard normals from one block, by Box and Muller (1958).

@@ -375,6 +375,16 @@ impl Run {
         self.trainer.into_engine()
     }
 
+    /// What decides it.
+    pub fn config(&self) -> &RunConfig {
+        &self.config
+    }
+
+    /// Where it stands.
+    pub fn progress(&self) -> &Progress {
+        self.trainer.progress()
+    }
+
     /// Its directory.
     pub fn dir(&self) -> &RunDir {
         &self.dir

@@ -59,7 +59,7 @@ impl Op for RmsNorm {
             let (x, w, y, r) = (T::read(&ins[0]), T::read(&ins[1]), T::write(y), T::write(r));
             let rows = y.par_chunks_mut(chunk * width).zip(r.par_chunks_mut(chunk)).zip(x.par_chunks(chunk * width));
             rows.for_each(|((y, r), x)| simd!({
-                for ((y, r), x) in y.chunks_mut(width).zip(r).zip(x.chunks(width)) {
+                for ((y, r), x) in y.chunks_mut(width).zip(r.iter_mut()).zip(x.chunks(width)) {
                     *r = rstd(x, self.eps);
                     for c in 0..y.len() {
                         y[c] = x[c] * *r * w[c];
