@@ -417,6 +417,22 @@ pub fn prune(folder: &Path, keep: usize) -> Result<()> {
     Ok(())
 }
 
+/// Renames the checkpoints after `step` to `NAME.damaged`: those that [`newest`] passed over, in whose
+/// place a run that goes on from `step` will leave its own.
+///
+/// # Errors
+/// Whatever the file system refuses.
+pub fn set_aside(folder: &Path, step: u64) -> Result<()> {
+    for (_, dir) in steps(folder)?.into_iter().filter(|(later, _)| *later > step) {
+        let aside = dir.with_extension("damaged");
+        if aside.exists() {
+            remove(&aside)?;
+        }
+        fs::rename(&dir, &aside).map_err(|e| Error::file(&dir, format!("cannot be renamed: {e}")))?;
+    }
+    Ok(())
+}
+
 /// Removes what killed processes left: `*.tmp-PID` that nobody is writing.
 ///
 /// # Errors

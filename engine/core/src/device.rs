@@ -35,7 +35,8 @@ pub trait Device: Send {
     /// If another plan gave one of its states another type, or memory runs out.
     fn open(&mut self, plan: Arc<Plan>) -> Result<PlanId>;
 
-    /// Forgets a plan and its inputs; states stay.
+    /// Forgets a plan, its inputs, and the `Cache` states that no other open plan names; other states
+    /// stay.
     fn close(&mut self, plan: PlanId);
 
     /// Copies host data to a place.

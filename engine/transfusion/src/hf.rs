@@ -8,6 +8,7 @@ use crate::{
     config::ModelConfig,
     engine::Engine,
     error::{Error, Result},
+    model::weights,
 };
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -20,9 +21,11 @@ use transfusion_core::{
 
 /// A tensor under its external name.
 #[derive(Clone, Debug)]
-struct External {
-    name: String,
-    internal: String,
+pub struct External {
+    /// Its name in a folder.
+    pub name: String,
+    /// The weight whose rows it holds.
+    pub internal: String,
     /// The internal row of each external row.
     rows: Vec<usize>,
     /// Elements of a row; 1 for a vector, whose elements are its rows.
@@ -31,14 +34,14 @@ struct External {
 }
 
 /// Every external tensor of a model.
-fn externals(c: &ModelConfig, weights: &[crate::model::Weight]) -> Vec<External> {
+pub fn externals(c: &ModelConfig) -> Vec<External> {
     let heads = c.heads();
     let (q, kv, d) = (heads.heads * heads.width, heads.kv_heads * heads.width, heads.width);
     // Element j of a head there is element 2j (first half) or 2(j - D/2) + 1 (second half) here.
     let pair = |j: usize| if j < d / 2 { 2 * j } else { 2 * (j - d / 2) + 1 };
     let rotary = |at: usize, n: usize| (0..n).map(|r| at + r / d * d + pair(r % d)).collect::<Vec<_>>();
     let mut all = Vec::new();
-    for w in weights {
+    for w in weights(c) {
         let (rows, width) = (w.shape[0], w.shape.get(1).copied().unwrap_or(1));
         let vector = w.shape.len() == 1;
         let mut add = |name: String, rows: Vec<usize>| {
@@ -62,10 +65,26 @@ fn externals(c: &ModelConfig, weights: &[crate::model::Weight]) -> Vec<External>
 }
 
 impl External {
-    fn spec(&self, dtype: DType) -> Spec {
+    /// Its type, stored as `dtype`.
+    pub fn spec(&self, dtype: DType) -> Spec {
         let rows = self.rows.len();
         let shape: Shape = if self.vector { [rows].into() } else { [rows, self.width].into() };
         Spec::new(shape, dtype)
+    }
+
+    /// Its elements, out of those of the whole weight; none where the weight is shorter.
+    pub fn take<'a>(&'a self, internal: &'a [f32]) -> impl Iterator<Item = f32> + 'a {
+        let row = |&r: &usize| internal.get(r * self.width..(r + 1) * self.width).unwrap_or_default();
+        self.rows.iter().flat_map(row).copied()
+    }
+
+    /// Puts its elements where they belong among those of the whole weight.
+    pub fn put(&self, external: &[f32], internal: &mut [f32]) {
+        for (r, from) in self.rows.iter().zip(external.chunks_exact(self.width)) {
+            if let Some(to) = internal.get_mut(r * self.width..(r + 1) * self.width) {
+                to.copy_from_slice(from);
+            }
+        }
     }
 }
 
@@ -77,7 +96,7 @@ impl External {
 pub fn export(engine: &mut Engine, folder: &Path) -> Result<()> {
     let config = engine.config().clone();
     let kind = if engine.has_ema() { Kind::Ema } else { Kind::Param };
-    let all = externals(&config, engine.weights());
+    let all = externals(&config);
     let specs: Vec<(&str, Spec)> = all.iter().map(|e| (e.name.as_str(), e.spec(config.dtype()))).collect();
     let mut writer = Writer::create(folder)?;
     writer.tensors("model.safetensors", &specs, |name, into| {
@@ -86,10 +105,10 @@ pub fn export(engine: &mut Engine, folder: &Path) -> Result<()> {
             what: e.internal.clone(),
             why: why.to_string(),
         })?;
-        let rows = e.rows.iter().flat_map(|r| &values[r * e.width..(r + 1) * e.width]);
+        let rows = e.take(&values);
         match into {
-            ViewMut::F32(to) => to.iter_mut().zip(rows).for_each(|(to, x)| *to = *x),
-            ViewMut::Bf16(to) => to.iter_mut().zip(rows).for_each(|(to, x)| *to = half::bf16::from_f32(*x)),
+            ViewMut::F32(to) => to.iter_mut().zip(rows).for_each(|(to, x)| *to = x),
+            ViewMut::Bf16(to) => to.iter_mut().zip(rows).for_each(|(to, x)| *to = half::bf16::from_f32(x)),
             _ => {}
         }
         Ok(())
@@ -165,7 +184,7 @@ pub fn import(folder: &Path, device: Box<dyn Device>) -> Result<Engine> {
     let config = read_config(&folder.join("config.json"))?;
     let files = Weights::open(folder)?;
     let mut engine = Engine::new(config.clone(), device)?;
-    let all = externals(&config, engine.weights());
+    let all = externals(&config);
     for w in engine.weights().to_vec() {
         let mut values = vec![0.0; w.shape.iter().product()];
         for e in all.iter().filter(|e| e.internal == w.name) {
@@ -180,9 +199,7 @@ pub fn import(folder: &Path, device: Box<dyn Device>) -> Result<Engine> {
                 Host::F32(values) => values,
                 other => other.to_f64().iter().map(|x| *x as f32).collect(),
             };
-            for (row, from) in e.rows.iter().zip(host.chunks(e.width)) {
-                values[row * e.width..(row + 1) * e.width].copy_from_slice(from);
-            }
+            e.put(&host, &mut values);
         }
         engine.write_weight(Kind::Param, &w.name, &values)?;
     }
@@ -192,7 +209,6 @@ pub fn import(folder: &Path, device: Box<dyn Device>) -> Result<Engine> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::weights;
 
     /// Every internal row is some external row, once.
     #[test]
@@ -203,7 +219,7 @@ mod tests {
             t.qk_norm = true;
         }
         for w in weights(&c) {
-            let all = externals(&c, &weights(&c));
+            let all = externals(&c);
             let mut rows: Vec<usize> =
                 all.iter().filter(|e| e.internal == w.name).flat_map(|e| e.rows.clone()).collect();
             rows.sort_unstable();

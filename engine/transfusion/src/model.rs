@@ -137,12 +137,15 @@ pub struct LossOptions {
     pub noise: NoiseSource,
     /// F64 for gradient checks, else `None`: what the configuration says.
     pub dtype: Option<DType>,
+    /// Adds what a proof looks at: outputs `hidden [N, C]` (the rows that heads read), `qkv.L`
+    /// `[N, (H + 2 Hkv) D]` (what layer L attends over, rotated) and, with images, `prediction`.
+    pub inspect: bool,
 }
 
 impl LossOptions {
     /// A training step.
     pub const TRAIN: LossOptions =
-        LossOptions { backward: true, ema: false, noise: NoiseSource::Counter, dtype: None };
+        LossOptions { backward: true, ema: false, noise: NoiseSource::Counter, dtype: None, inspect: false };
     /// Evaluation.
     pub const EVAL: LossOptions = LossOptions { backward: false, ..LossOptions::TRAIN };
 }
@@ -155,6 +158,7 @@ impl LossOptions {
 pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> Result<Graph> {
     let dtype = options.dtype.unwrap_or(c.dtype());
     let mut b = Builder::new(c, if options.ema { Kind::Ema } else { Kind::Param }, dtype);
+    b.inspect = options.inspect;
     let Capacity { rows, positions, .. } = capacity;
     let n = rows * positions;
     let tokens = b.g.input("tokens", [n], DType::I32);
@@ -171,6 +175,7 @@ pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> 
         row_end: b.g.input("row_end", [rows, positions], DType::I32),
     };
     let h = b.trunk(x, &place);
+    b.show("hidden", h);
     let text = b.text_loss(h, capacity.text_rows);
     b.g.output("loss_text", text);
     let loss = match image {
@@ -338,11 +343,19 @@ struct Builder<'c> {
     all: Vec<Weight>,
     kind: Kind,
     dtype: DType,
+    inspect: bool,
 }
 
 impl<'c> Builder<'c> {
     fn new(config: &'c ModelConfig, kind: Kind, dtype: DType) -> Builder<'c> {
-        Builder { g: Graph::new(), config, all: weights(config), kind, dtype }
+        Builder { g: Graph::new(), config, all: weights(config), kind, dtype, inspect: false }
+    }
+
+    /// Makes a value an output, where those are wanted.
+    fn show(&mut self, name: &str, t: Tensor) {
+        if self.inspect {
+            self.g.output(name, t);
+        }
     }
 
     /// A weight, or its running mean.
@@ -417,6 +430,7 @@ impl<'c> Builder<'c> {
         let o = match *place {
             Place::Packed { rows, positions, row_start, row_end } => {
                 let qkv = rotate(self, positions);
+                self.show(&format!("qkv.{i}"), qkv);
                 let qkv = self.g.reshape(qkv, [rows, n / rows.max(1), packed]);
                 self.g.attention(qkv, row_start, row_end, heads)
             }
@@ -515,6 +529,7 @@ impl<'c> Builder<'c> {
     fn image_loss(&mut self, h: Tensor, batch: &Images, images: usize) -> [Tensor; 2] {
         let h = self.g.gather_rows(h, batch.rows);
         let prediction = self.patch_prediction(h, images);
+        self.show("prediction", prediction);
         let float = self.dtype.accumulator();
         let weights = self.g.input("image_weights", [images], float);
         let count = self.g.input("image_count", [1], float);

@@ -337,8 +337,9 @@ impl Run {
         let dir = RunDir::resume(dir)?;
         let config = read_run_config(&dir.config())?;
         checkpoint::remove_strays(&dir.checkpoints())?;
+        let (step, newest) = newest_checkpoint(&dir)?;
+        checkpoint::set_aside(&dir.checkpoints(), step)?;
         prune(&dir, &config)?;
-        let newest = newest_checkpoint(&dir)?;
         let data = open_data(&config, observe)?;
         let trainer = Trainer::resume(device, config.train.clone(), &newest)?;
         let metrics = Metrics::resume(dir.metrics(), trainer.progress().step)?;
@@ -687,9 +688,10 @@ fn prune(dir: &RunDir, config: &RunConfig) -> Result<()> {
     }
 }
 
-fn newest_checkpoint(dir: &RunDir) -> Result<Checkpoint> {
+/// The newest checkpoint that can be loaded, and its step.
+fn newest_checkpoint(dir: &RunDir) -> Result<(u64, Checkpoint)> {
     let newest = checkpoint::newest(&dir.checkpoints())?;
-    newest.found.map(|(_, checkpoint)| checkpoint).ok_or_else(|| {
+    newest.found.ok_or_else(|| {
         let skipped: Vec<String> = newest.skipped.iter().map(ToString::to_string).collect();
         let skipped = if skipped.is_empty() { "there is none yet".into() } else { skipped.join("; ") };
         Error::file(dir.checkpoints(), format!("holds no checkpoint that can be loaded: {skipped}"))
@@ -703,7 +705,7 @@ fn newest_checkpoint(dir: &RunDir) -> Result<Checkpoint> {
 /// Names what is missing or damaged.
 pub fn load(path: &Path, device: Box<dyn Device>) -> Result<Engine> {
     if path.join("metrics.jsonl").is_file() || path.join("checkpoints").is_dir() {
-        return load_checkpoint(&newest_checkpoint(&RunDir::open(path)?)?, device);
+        return load_checkpoint(&newest_checkpoint(&RunDir::open(path)?)?.1, device);
     }
     if path.join("state.json").is_file() {
         return load_checkpoint(&Checkpoint::open(path)?, device);

@@ -10,7 +10,7 @@ use crate::{
 };
 use half::bf16;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -225,6 +225,15 @@ impl Device for CpuDevice {
         if let Some(p) = self.plans.get_mut(plan.0) {
             *p = None;
         }
+        let named: HashSet<usize> = self.plans.iter().flatten().flat_map(|p| p.blocks.clone()).collect();
+        let blocks = &mut self.blocks;
+        self.states.retain(|(kind, _), i| {
+            let stays = *kind != Kind::Cache || named.contains(i);
+            if !stays {
+                blocks[*i].1 = Block::default();
+            }
+            stays
+        });
     }
 
     fn write(&mut self, at: Place<'_>, data: View<'_>) -> Result<()> {
