@@ -22,6 +22,7 @@ use std::process::ExitCode;
 /// Train and sample one transformer that predicts the next text token and denoises images.
 #[derive(Debug, Parser)]
 #[command(
+    name = "transfusion",
     version,
     max_term_width = 100,
     after_help = "\
