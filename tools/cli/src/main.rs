@@ -7,6 +7,7 @@ mod console;
 mod progress;
 mod settings;
 mod commands {
+    pub(crate) mod demo;
     pub(crate) mod eval;
     pub(crate) mod export;
     pub(crate) mod inspect;
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 /// Train and sample one transformer that predicts the next text token and denoises images.
 #[derive(Debug, Parser)]
 #[command(
+    name = "transfusion",
     version,
     max_term_width = 100,
     after_help = "\
@@ -31,6 +33,7 @@ Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. The first Ctrl-C en
 its step with a checkpoint, from which `train --resume` goes on; a second one aborts.
 
 Examples:
+  transfusion demo
   transfusion train --data shapes --out runs/shapes --steps 300
   transfusion sample runs/shapes --prompt \"a red circle\" --out circle.png
   transfusion eval runs/shapes --data shapes --json"
@@ -42,6 +45,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(commands::demo::Demo),
     Train(commands::train::Train),
     Sample(commands::sample::Sample),
     Eval(commands::eval::Eval),
@@ -53,6 +57,7 @@ enum Command {
 impl Command {
     fn run(self) -> Outcome {
         match self {
+            Command::Demo(c) => c.run(),
             Command::Train(c) => c.run(),
             Command::Sample(c) => c.run(),
             Command::Eval(c) => c.run(),

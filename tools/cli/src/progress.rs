@@ -53,6 +53,12 @@ impl Training {
         }
     }
 
+    /// Another stage begins: what the last one showed is over.
+    pub(crate) fn stage(&mut self, stage: &str) {
+        self.finish();
+        note(stage);
+    }
+
     /// Removes the bar.
     pub(crate) fn finish(&mut self) {
         if let Some(bar) = self.bar.take() {

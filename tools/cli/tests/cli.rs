@@ -123,6 +123,7 @@ fn help_names_every_option() {
         "--out",
     ];
     for (command, options) in [
+        ("demo", [&["--out", "--seed"][..], &machine].concat()),
         ("train", [&train[..], &settings, &machine].concat()),
         ("sample", [&sample[..], &machine].concat()),
         ("eval", [&["--data", "--json", "--documents", "--levels"][..], &machine].concat()),
@@ -207,8 +208,9 @@ fn a_run_is_inspected_and_never_overwritten() {
         assert!(checkpoint.contains(words), "no {words} in {checkpoint}");
     }
     assert!(succeed(folder, &["inspect", "run/metrics.jsonl"]).contains("grad_norm"));
-    let again = ["train", "--data", "shapes", "--out", "run"];
-    fail(folder, &again, 1, &["run: is not empty", "--resume", "another --out"]);
+    for again in [&["train", "--data", "shapes", "--out", "run"][..], &["demo", "--out", "run"]] {
+        fail(folder, again, 1, &["run: is not empty", "another --out"]);
+    }
 }
 
 #[test]

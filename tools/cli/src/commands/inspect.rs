@@ -175,9 +175,18 @@ fn newest_metrics(records: &[Record]) -> Outcome {
         }
     }
     let line = |(name, step, value): &(&str, u64, f64)| {
-        console::print(format!("  step {step:<7}{name:16} {value:.6}"))
+        console::print(format!("  step {step:<7}{name:16} {}", number(*value)))
     };
     newest.iter().try_for_each(line)
+}
+
+/// Whole numbers as such, small ones with an exponent.
+fn number(value: f64) -> String {
+    match value {
+        _ if value.fract() == 0.0 => format!("{value:.0}"),
+        _ if value.abs() < 1e-3 => format!("{value:.4e}"),
+        _ => format!("{value:.5}"),
+    }
 }
 
 fn describe_model(c: &ModelConfig) -> Outcome {
