@@ -216,17 +216,36 @@ fn greedy_text_is_the_same_with_and_without_the_cache() {
     }
     println!("greedy text: {} tokens, logits at most {worst:.2e} apart", chosen.len());
     assert!(chosen.len() > 10);
-    // The sampler chooses the same.
+}
+
+/// The sampler itself, over many pictures: the clean pass must be at noise level 0, and every token
+/// must see what a packed pass shows it.
+#[test]
+fn the_sampler_chooses_what_packed_passes_choose() {
+    const TOKENS: usize = 10;
+    let mut both = Both::new();
+    let (t, side) = (both.config.tokens(), both.config.image().unwrap().size);
+    let prompts: Vec<Vec<Part>> =
+        (0..12).map(|n| vec![Part::Text(b"a cat ".to_vec()), Part::Image(picture(side, n))]).collect();
+    let options =
+        SampleOptions { goal: Goal::Text, temperature: 0.0, max_text: TOKENS, ..SampleOptions::default() };
     let mut engine = engine(&both.config, 8);
-    let prompt = vec![Part::Text(b"a cat ".to_vec()), Part::Image(picture(side, 1))];
-    let options = SampleOptions {
-        goal: Goal::Text,
-        temperature: 0.0,
-        max_text: chosen.len(),
-        ..SampleOptions::default()
-    };
-    let drawn = sample(&mut engine, &[prompt], &options, &mut |_| (), Cancel(None)).unwrap();
-    assert_eq!(drawn, [vec![Part::Text(chosen)]]);
+    let drawn = sample(&mut engine, &prompts, &options, &mut |_| (), Cancel(None)).unwrap();
+    for (n, drawn) in drawn.iter().enumerate() {
+        let mut items = [vec![Item::Token(t.bos)], tokens("a cat "), vec![Item::Token(t.boi)]].concat();
+        items.extend([Item::Image(unit(side, n as u64), 0.0), Item::Token(t.eoi)]);
+        let mut want = vec![];
+        while want.len() < TOKENS {
+            let next = argmax(&both.packed_logits(&items), |id| id < 256 || id == t.eos as usize);
+            if next == t.eos as usize {
+                break;
+            }
+            want.push(next as u8);
+            items.push(Item::Token(next as i32));
+        }
+        let want: Vec<Part> = (!want.is_empty()).then_some(Part::Text(want)).into_iter().collect();
+        assert_eq!(*drawn, want, "picture {n}");
+    }
 }
 
 fn engine(config: &ModelConfig, seed: u64) -> Engine {
@@ -296,13 +315,16 @@ fn what_is_sampled_does_not_depend_on_company() {
         vec![Part::Image(picture(8, 3)), Part::Text(b"and then more of it".to_vec())],
         vec![],
     ];
-    for goal in [Goal::Any, Goal::Image, Goal::Text] {
+    let (any, image, text_alone) = (Goal::Any, Goal::Image, Goal::Text);
+    for (goal, sampler) in
+        [(any, Sampler::Ddpm), (image, Sampler::Ddpm), (image, Sampler::Ddim), (text_alone, Sampler::Ddim)]
+    {
         for guidance in [1.0, 3.0] {
             let options = SampleOptions {
                 goal,
                 guidance,
                 steps: 5,
-                sampler: Sampler::Ddpm,
+                sampler,
                 max_text: 24,
                 max_images: 2,
                 seed: 9,
