@@ -202,8 +202,8 @@ pub fn document(parts: &[&str], seed: u64) -> Document {
     Document { parts: parts.iter().enumerate().map(part).collect(), stream: false }
 }
 
-/// The documents of the proofs, of every kind: caption first, picture first, text alone, interleaved,
-/// several to a row of 64.
+/// The documents of the proofs, of every kind: caption first, picture first, text alone, interleaved;
+/// they fill two rows of 96 positions.
 pub fn documents() -> Vec<Document> {
     vec![
         document(&["a cat", "#"], 1),
