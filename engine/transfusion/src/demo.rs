@@ -100,18 +100,33 @@ pub fn run(
     let mut run = Run::create(config.clone(), &options.out, None, device, &mut each)?;
     run.train(&mut each, cancel)?;
 
-    observe(DemoEvent::Stage(format!("drawing from {EXAMINED} captions never seen")));
-    let drawn = draw(run.engine(), options.seed, cancel)?;
-    observe(DemoEvent::Stage(format!("captioning {EXAMINED} pictures never seen")));
-    let captions = describe(run.engine(), options.seed, cancel)?;
+    observe(DemoEvent::Stage(format!("drawing and captioning {EXAMINED} combinations never seen")));
+    let seen = examine(run.engine(), options.seed, cancel)?;
     let summary = Summary {
         steps: config.train.steps,
         seed: options.seed,
         seconds: start.elapsed().as_secs_f64(),
-        ..judge(&drawn, &captions)
+        ..judge(&seen)
     };
-    publish(&run, &drawn, &captions, &summary)?;
+    publish(&run, &seen, &summary)?;
     Ok(summary)
+}
+
+/// What a model drew and wrote.
+#[derive(Clone, Debug)]
+pub struct Examination {
+    /// A picture for each caption.
+    pub drawn: Vec<Picture>,
+    /// A caption for each picture.
+    pub captions: Vec<String>,
+}
+
+/// Lets a model draw from captions, and caption pictures, of combinations that it never saw.
+///
+/// # Errors
+/// As [`sample`].
+pub fn examine(engine: &mut Engine, seed: u64, cancel: Cancel<'_>) -> Result<Examination> {
+    Ok(Examination { drawn: draw(engine, seed, cancel)?, captions: describe(engine, seed, cancel)? })
 }
 
 /// The scenes of the examination.
@@ -145,7 +160,8 @@ fn describe(engine: &mut Engine, seed: u64, cancel: Cancel<'_>) -> Result<Vec<St
 }
 
 /// Scores drawings and captions; steps, seed and seconds are the caller's.
-fn judge(drawn: &[Picture], captions: &[String]) -> Summary {
+pub fn judge(seen: &Examination) -> Summary {
+    let Examination { drawn, captions } = seen;
     let truth: Vec<(Scene, Picture)> = scenes().collect();
     let read: Vec<Option<Scene>> = drawn.iter().map(Scene::read).collect();
     let score = |shift: usize| {
@@ -173,7 +189,8 @@ fn judge(drawn: &[Picture], captions: &[String]) -> Summary {
 }
 
 /// Writes pictures, report and summary.
-fn publish(run: &Run, drawn: &[Picture], captions: &[String], summary: &Summary) -> Result<()> {
+fn publish(run: &Run, seen: &Examination, summary: &Summary) -> Result<()> {
+    let Examination { drawn, captions } = seen;
     const SHOWN: usize = 32;
     let path = run.dir().path();
     let truth: Vec<(Scene, Picture)> = scenes().collect();

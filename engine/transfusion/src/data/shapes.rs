@@ -59,8 +59,8 @@ impl Size {
     /// Half the height and width of an object, in pixels.
     fn reach(self) -> f32 {
         match self {
-            Size::Small => 4.0,
-            Size::Big => 6.5,
+            Size::Small => 4.5,
+            Size::Big => 7.0,
         }
     }
 }
@@ -269,20 +269,24 @@ impl std::ops::AddAssign for Score {
 pub enum Split {
     /// The 36 kinds that are trained on.
     Train,
-    /// The 12 kinds that are not, and no other.
+    /// The 12 kinds that are not: one in every scene, beside any kind that is trained on.
     HeldOut,
 }
 
 /// Scene `index` of an endless list: even ones have one object, odd ones two.
 pub fn scene(seed: u64, split: Split, index: u64) -> Scene {
     let random = Stream::new(seed, Purpose::Data, index);
-    let kinds: Vec<Object> = Object::all().filter(|o| o.held_out() == (split == Split::HeldOut)).collect();
-    let pick = |element| kinds[random.below(element, kinds.len() as u32) as usize];
+    let pick = |element, held_out| {
+        let kinds: Vec<Object> = Object::all().filter(|o| o.held_out() == held_out).collect();
+        kinds[random.below(element, kinds.len() as u32) as usize]
+    };
+    let held_out = split == Split::HeldOut;
     if index.is_multiple_of(2) {
-        return Scene::One(pick(0));
+        return Scene::One(pick(0, held_out));
     }
     let relation = Relation::ALL[random.below(2, Relation::ALL.len() as u32) as usize];
-    Scene::Two(pick(0), relation, pick(1))
+    let first = random.below(3, 2) == 0;
+    Scene::Two(pick(0, held_out && first), relation, pick(1, held_out && !first))
 }
 
 /// Scene `index` of the endless list, and its picture.
