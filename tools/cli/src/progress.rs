@@ -12,7 +12,7 @@ use transfusion::{
 };
 
 /// Longest silence of a training that is no terminal's.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_secs(20);
 
 /// A bar on stderr, where that is a terminal.
 fn bar(length: u64) -> Option<ProgressBar> {
