@@ -70,11 +70,23 @@ impl<'a, T: Real> Columns<'a, T> {
     /// Rows `rows`, `W` at a time transposed: element (i, d) goes to `[i / W][d][i % W]`.
     #[inline(always)]
     fn panels<const W: usize>(&self, rows: Range<usize>, to: &mut [T]) {
-        for i in rows {
+        let mut i = rows.start;
+        while i < rows.end {
             let panel = &mut to[i / W * W * self.width..][..W * self.width];
-            for (x, to) in self.row(i).iter().zip(panel.chunks_exact_mut(W)) {
-                to[i % W] = *x;
+            let whole = i.is_multiple_of(W) && i + W <= rows.end;
+            if whole {
+                let rows: [&[T]; W] = std::array::from_fn(|w| self.row(i + w));
+                for (d, to) in panel.chunks_exact_mut(W).enumerate() {
+                    for w in 0..W {
+                        to[w] = rows[w][d];
+                    }
+                }
+            } else {
+                for (x, to) in self.row(i).iter().zip(panel.chunks_exact_mut(W)) {
+                    to[i % W] = *x;
+                }
             }
+            i += if whole { W } else { 1 };
         }
     }
 
@@ -586,9 +598,11 @@ impl<T: Real> Problem<'_, T> {
         cpu.scratch(key_len + h.group() * query_len, |mut all: &mut [T]| {
             simd!({
                 let keys = self.pack_keys(slot, head, &union, cut(&mut all, key_len));
-                let heads: Vec<_> = (0..h.group())
-                    .map(|g| self.pack_queries(b, head * h.group() + g, arrived, cut(&mut all, query_len)))
-                    .collect();
+                let mut heads = Vec::with_capacity(h.group());
+                for g in 0..h.group() {
+                    let rest = cut(&mut all, query_len);
+                    heads.push(self.pack_queries(b, head * h.group() + g, arrived, rest));
+                }
                 for at in (union.start / KEYS * KEYS..union.end).step_by(KEYS) {
                     for (g, q) in heads.iter().enumerate() {
                         let lse = &arrived.lse[(b * h.heads + head * h.group() + g) * self.queries..];
@@ -716,8 +730,8 @@ impl<T: Real> Problem<'_, T> {
         let before = h.group() * self.group_queries();
         for (head, (dk, dv)) in dk.chunks_mut(h.width).zip(dv.chunks_mut(h.width)).enumerate() {
             let part = &parts[head * self.gradient_len()..];
-            axpy(dk, T::ONE, &part[(before + j) * padded..]);
-            axpy(dv, T::ONE, &part[(before + self.keys + j) * padded..]);
+            dk.iter_mut().zip(&part[(before + j) * padded..]).for_each(|(dk, part)| *dk += *part);
+            dv.iter_mut().zip(&part[(before + self.keys + j) * padded..]).for_each(|(dv, part)| *dv += *part);
         }
     }
 
