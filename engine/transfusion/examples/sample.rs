@@ -13,7 +13,7 @@ fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let usage = || Error::Config("usage: sample MODEL [PROMPT]".into());
     let model = args.next().ok_or_else(usage)?;
-    let prompt = args.next().unwrap_or_else(|| "a small blue square".into());
+    let prompt = args.next().unwrap_or_else(|| "a small square in blue".into());
 
     let mut engine = run::load(Path::new(&model), engine::cpu(0)?)?;
     let has_images = engine.config().image().is_some();

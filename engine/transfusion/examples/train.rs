@@ -38,7 +38,7 @@ fn main() -> Result<()> {
         }
     }
 
-    let prompt = vec![Part::Text(b"a big red circle".to_vec())];
+    let prompt = vec![Part::Text(b"a big circle in red".to_vec())];
     let options = SampleOptions { goal: Goal::Image, steps: 20, ..SampleOptions::default() };
     let drawn = sample(trainer.engine(), &[prompt], &options, &mut |_| (), Cancel(None))?;
     for part in drawn.iter().flatten() {

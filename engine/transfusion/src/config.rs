@@ -161,9 +161,10 @@ impl ModelConfig {
             lambda: 5.0,
         };
         Ok(match name {
-            "tiny" => {
-                ModelConfig { tie_word_embeddings: true, ..llama(128, 352, 4, 4, 256, 256, Some(pixels)) }
-            }
+            "tiny" => qk_normed(ModelConfig {
+                tie_word_embeddings: true,
+                ..llama(128, 352, 4, 4, 256, 512, Some(pixels))
+            }),
             "text-tiny" => ModelConfig { tie_word_embeddings: true, ..llama(128, 336, 4, 4, 256, 64, None) },
             "0.16b" => paper(768, 2048, 16, 12),
             "0.37b" => paper(1024, 2816, 24, 16),
@@ -325,6 +326,14 @@ impl ImageConfig {
         }
         Ok(())
     }
+}
+
+/// The same with query and key norms, which a high learning rate wants.
+fn qk_normed(mut c: ModelConfig) -> ModelConfig {
+    if let Some(t) = &mut c.transfusion {
+        t.qk_norm = true;
+    }
+    c
 }
 
 /// A Llama with our five tokens behind `text` tokens of text.

@@ -102,10 +102,10 @@ impl Default for OutputOptions {
     fn default() -> OutputOptions {
         OutputOptions {
             log_every: 10,
-            validate_every: 250,
+            validate_every: 500,
             validate_documents: 200,
-            sample_every: 500,
-            checkpoint_every: 500,
+            sample_every: 1000,
+            checkpoint_every: 1000,
             keep_checkpoints: 3,
             sample: SampleOptions { goal: Goal::Image, steps: 30, ..SampleOptions::default() },
         }
@@ -129,13 +129,13 @@ impl RunConfig {
         };
         let train = match name {
             "tiny" => TrainOptions {
-                steps: 3000,
-                rows: 8,
-                positions: 256,
-                lr: 2e-3,
+                steps: 3100,
+                rows: 2,
+                positions: 512,
+                lr: 3e-3,
                 lr_min: 2e-5,
-                warmup: 100,
-                ema: 0.999,
+                warmup: 60,
+                ema: 0.995,
                 ..TrainOptions::default()
             },
             "text-tiny" => TrainOptions {
@@ -150,7 +150,13 @@ impl RunConfig {
             },
             _ => paper,
         };
-        Ok(RunConfig { model, train, data: DataOptions::default(), output: OutputOptions::default() })
+        let data = match name {
+            // Little noise before a caption: what the picture shows must weigh more than which
+            // captions are common.
+            "tiny" => DataOptions { image_first: 0.35, noise_limit: 250, ..DataOptions::default() },
+            _ => DataOptions::default(),
+        };
+        Ok(RunConfig { model, train, data, output: OutputOptions::default() })
     }
 
     /// Sets `key` (dotted, as in `train.lr`) to `value` (JSON, or a bare word).

@@ -33,7 +33,7 @@ fn an_application_samples_with_a_callback() {
     let folder = std::env::temp_dir().join(format!("transfusion-example-{}", std::process::id()));
     let mut engine = Engine::initialised(ModelConfig::preset("tiny").unwrap(), cpu(1).unwrap(), 1).unwrap();
     hf::export(&mut engine, &folder).unwrap();
-    let said = text(&example("sample", &[&folder.to_string_lossy(), "a big red circle"]));
+    let said = text(&example("sample", &[&folder.to_string_lossy(), "a big circle in red"]));
     std::fs::remove_dir_all(&folder).unwrap();
-    assert!(said.contains("a big red circle: 32x32 pixels"), "{said}");
+    assert!(said.contains("a big circle in red: 32x32 pixels"), "{said}");
 }

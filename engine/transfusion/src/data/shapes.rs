@@ -120,7 +120,7 @@ impl Object {
     }
 
     fn parse(words: &[&str]) -> Option<Object> {
-        let &["a", size, colour, shape] = words else { return None };
+        let &["a", size, shape, "in", colour] = words else { return None };
         Some(Object { size: Size::parse(size)?, colour: Colour::parse(colour)?, shape: Shape::parse(shape)? })
     }
 
@@ -147,7 +147,7 @@ impl Object {
 
 impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a {} {} {}", self.size.word(), self.colour.word(), self.shape.word())
+        write!(f, "a {} {} in {}", self.size.word(), self.shape.word(), self.colour.word())
     }
 }
 
@@ -177,7 +177,7 @@ impl Scene {
         }
     }
 
-    /// The sentence: "a small red circle", "a big blue square above a small green cross".
+    /// The sentence: "a small circle in red", "a big square in blue above a small cross in green".
     pub fn caption(&self) -> String {
         match self {
             Scene::One(object) => object.to_string(),
@@ -188,9 +188,9 @@ impl Scene {
     /// The scene that [`caption`](Self::caption) describes; `None` for any other text.
     pub fn parse(caption: &str) -> Option<Scene> {
         let words: Vec<&str> = caption.trim().split(' ').collect();
-        let (first, rest) = words.split_at_checked(4)?;
+        let (first, rest) = words.split_at_checked(5)?;
         let first = Object::parse(first)?;
-        let Some(split) = rest.len().checked_sub(4) else {
+        let Some(split) = rest.len().checked_sub(5) else {
             return rest.is_empty().then_some(Scene::One(first));
         };
         let (relation, second) = rest.split_at(split);

@@ -67,9 +67,9 @@ fn captions_are_plain_and_parse_back() {
     let object = |size, colour, shape| Object { size, colour, shape };
     let small = object(Size::Small, Colour::Red, Shape::Circle);
     let big = object(Size::Big, Colour::Blue, Shape::Square);
-    assert_eq!(Scene::One(small).caption(), "a small red circle");
+    assert_eq!(Scene::One(small).caption(), "a small circle in red");
     let pair = Scene::Two(big, Relation::LeftOf, small);
-    assert_eq!(pair.caption(), "a big blue square left of a small red circle");
+    assert_eq!(pair.caption(), "a big square in blue left of a small circle in red");
     for first in Object::all() {
         assert_eq!(Scene::parse(&Scene::One(first).caption()), Some(Scene::One(first)));
         for second in Object::all() {
@@ -83,20 +83,20 @@ fn captions_are_plain_and_parse_back() {
         "",
         "a",
         "a small red",
-        "a small red circle above",
-        "a small red circle above a",
-        "a small red circle right of a small red circle",
-        "a small red circle left a small red circle",
-        "a  small red circle",
-        "A small red circle",
+        "a small circle in red above",
+        "a small circle in red above a",
+        "a small circle in red right of a small circle in red",
+        "a small circle in red left a small circle in red",
+        "a  small circle in red",
+        "A small circle in red",
         "a red small circle",
-        "a small red circle above a small red circle above a small red circle",
+        "a small circle in red above a small circle in red above a small circle in red",
         "a small pink circle",
-        "a small red circle a small red circle",
+        "a small circle in red a small circle in red",
     ] {
         assert_eq!(Scene::parse(wrong), None, "{wrong:?}");
     }
-    assert_eq!(Scene::parse(" a small red circle\n"), Some(Scene::One(small)));
+    assert_eq!(Scene::parse(" a small circle in red\n"), Some(Scene::One(small)));
 }
 
 #[test]
@@ -144,16 +144,16 @@ fn the_reader_refuses_what_is_no_scene() {
 #[test]
 fn scores_keep_colour_and_shape_apart() {
     let scene = |caption: &str| Scene::parse(caption).unwrap();
-    let truth = scene("a big red circle above a small green cross");
+    let truth = scene("a big circle in red above a small cross in green");
     let score = |read: Option<&str>| {
         let Score { objects, colours_right, shapes_right } = Score::of(&truth, read.map(scene).as_ref());
         [objects, colours_right, shapes_right]
     };
-    assert_eq!(score(Some("a big red circle above a small green cross")), [2, 2, 2]);
-    assert_eq!(score(Some("a small red circle left of a small blue cross")), [2, 1, 2]);
-    assert_eq!(score(Some("a small green cross above a big red circle")), [2, 0, 0]);
-    assert_eq!(score(Some("a small red square")), [2, 1, 0]);
+    assert_eq!(score(Some("a big circle in red above a small cross in green")), [2, 2, 2]);
+    assert_eq!(score(Some("a small circle in red left of a small cross in blue")), [2, 1, 2]);
+    assert_eq!(score(Some("a small cross in green above a big circle in red")), [2, 0, 0]);
+    assert_eq!(score(Some("a small square in red")), [2, 1, 0]);
     assert_eq!(score(None), [2, 0, 0]);
-    let one = scene("a big red circle");
+    let one = scene("a big circle in red");
     assert_eq!(Score::of(&one, Some(&truth)), Score { objects: 2, colours_right: 1, shapes_right: 1 });
 }
