@@ -153,7 +153,7 @@ impl RunConfig {
         let data = match name {
             // Little noise before a caption: what the picture shows must weigh more than which
             // captions are common.
-            "tiny" => DataOptions { image_first: 0.35, noise_limit: 250, ..DataOptions::default() },
+            "tiny" => DataOptions { image_first: 0.4, noise_limit: 250, ..DataOptions::default() },
             _ => DataOptions::default(),
         };
         Ok(RunConfig { model, train, data, output: OutputOptions::default() })

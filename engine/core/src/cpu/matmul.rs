@@ -60,7 +60,7 @@ pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bo
 /// Rows of one parallel piece of a product with `m` rows. The right factor is packed again for every
 /// piece, so a piece has at least 64 rows.
 pub fn piece_rows(m: usize) -> usize {
-    m.div_ceil(8).clamp(64, 512).next_multiple_of(4)
+    m.div_ceil(4).clamp(64, 512).next_multiple_of(4)
 }
 
 /// `c = alpha a b`, or `c += alpha a b`, on this thread; rows of `c` lie `c_stride` apart.

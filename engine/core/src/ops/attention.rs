@@ -1100,19 +1100,49 @@ mod tests {
         }
     }
 
+    /// The formula of this file, of one query head.
+    fn by_definition(q: &[f32], k: &[&[f32]], v: &[&[f32]]) -> Vec<f64> {
+        let product = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+        let scale = 1.0 / (q.len() as f64).sqrt();
+        let weights: Vec<f64> = k.iter().map(|k| (product(q, k) * scale).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let value = |d: usize| weights.iter().zip(v).map(|(w, v)| w * f64::from(v[d])).sum::<f64>();
+        (0..q.len()).map(|d| if k.is_empty() { 0.0 } else { value(d) / total }).collect()
+    }
+
     #[test]
-    fn few_and_many_queries_agree() {
-        // The same query alone and among seven: two paths, one meaning.
-        let (k, v, q) = (normal([1, 50, 6], 1), normal([1, 50, 6], 2), normal([1, 7, 12], 0));
-        let slots = (Spec::new([1], DType::I32), vec![0]);
-        let [start, end] = masks(7, vec![3; 7], vec![47; 7]);
-        let many = run(&[q.clone(), k.clone(), v.clone()], &[slots.clone(), start, end]);
-        for i in 0..7 {
-            let [start, end] = masks(1, vec![3], vec![47]);
-            let one = (Spec::new([1, 1, 12], DType::F32), q.1[i * 12..][..12].to_vec());
-            let few = run(&[one, k.clone(), v.clone()], &[slots.clone(), start, end]);
-            for (a, b) in few[0].iter().zip(&many[0][i * 12..]) {
-                assert!((a - b).abs() <= 1e-6, "query {i}: {a} {b}");
+    fn results_agree_with_the_definition() {
+        // Few queries and many take different ways; both forms, every kind of interval.
+        for queries in [1, 3, 4, 7, 150] {
+            let keys = 150;
+            let start: Vec<i32> = (0..queries as i32).map(|i| [0, 3, -5, 140, 60][i as usize % 5]).collect();
+            let end: Vec<i32> = (0..queries as i32).map(|i| [150, 9, 131, 999, 60][i as usize % 5]).collect();
+            let (q, k, v) = (normal([1, queries, 12], 0), normal([2, keys, 6], 1), normal([2, keys, 6], 2));
+            let slots = (Spec::new([1], DType::I32), vec![1]);
+            let [first, last] = masks(queries, start.clone(), end.clone());
+            let cached = run(&[q.clone(), k.clone(), v.clone()], &[slots, first.clone(), last.clone()]);
+            let rows = |x: &(Spec, Vec<f32>)| -> Vec<Vec<f32>> {
+                x.1[keys * 6..].chunks(6).map(<[f32]>::to_vec).collect()
+            };
+            let (k, v) = (rows(&k), rows(&v));
+            let mut all = vec![cached];
+            if queries == keys {
+                let row = |i: usize| [&q.1[i * 12..][..12], &k[i], &v[i]].concat();
+                let qkv = (Spec::new([1, keys, 24], DType::F32), (0..keys).flat_map(row).collect());
+                all.push(run(&[qkv], &[first, last]));
+            }
+            for (i, n) in (0..queries).flat_map(|i| [(i, 0), (i, 1)]) {
+                let (start, end) = (start[i].max(0) as usize, (end[i] as usize).min(keys));
+                let (k, v): (Vec<&[f32]>, Vec<&[f32]>) =
+                    (start..end).map(|j| (k[j].as_slice(), v[j].as_slice())).unzip();
+                let at = i * 12 + n * 6;
+                let want = by_definition(&q.1[at..][..6], &k, &v);
+                for have in &all {
+                    for (have, want) in have[0][at..][..6].iter().zip(&want) {
+                        let off = (f64::from(*have) - want).abs();
+                        assert!(off <= 1e-5, "query {i} of {queries}, head {n}: {have}, not {want}");
+                    }
+                }
             }
         }
     }
