@@ -37,16 +37,15 @@ fn a_quarter_of_the_kinds_is_held_out_evenly() {
 }
 
 #[test]
-fn the_splits_share_no_kind_and_use_all_of_theirs() {
-    for (split, kinds) in [(Split::Train, 36), (Split::HeldOut, 12)] {
+fn training_sees_no_kind_held_out_and_every_other_scene_has_one() {
+    for (split, kinds) in [(Split::Train, 36), (Split::HeldOut, 48)] {
         let mut seen = HashSet::new();
         for index in 0..2000 {
             let scene = scene(5, split, index);
             assert_eq!(scene.objects().len() as u64, 1 + index % 2);
-            for object in scene.objects() {
-                assert_eq!(object.held_out(), split == Split::HeldOut);
-                seen.insert(object);
-            }
+            let held_out = scene.objects().iter().filter(|o| o.held_out()).count();
+            assert_eq!(held_out, usize::from(split == Split::HeldOut));
+            seen.extend(scene.objects());
         }
         assert_eq!(seen.len(), kinds);
     }
@@ -100,20 +99,9 @@ fn captions_are_plain_and_parse_back() {
 }
 
 #[test]
-fn objects_stay_apart_and_inside() {
-    for index in 0..500 {
-        let (scene, picture) = example(9, SPLITS[index as usize % 2], index);
-        let Some(relation) = scene.relation() else { continue };
-        let inked = |line: usize| {
-            (0..SIDE).any(|i| {
-                let (x, y) = if relation == Relation::Above { (i, line) } else { (line, i) };
-                picture.pixels()[y * SIDE + x] != [255; 3]
-            })
-        };
-        assert!(!inked(0) || !inked(SIDE - 1), "{index}: pushed to the rim");
-        let gap = (1..SIDE - 1).filter(|&line| !inked(line)).count();
-        assert!((12..20).any(|line| !inked(line)) && gap > 0, "{index}: {}", scene.caption());
-    }
+fn a_pair_fits_side_by_side() {
+    // Its centres lie a quarter of the side from the rim and half of it apart, and move by up to 0.75.
+    assert!(Size::Big.reach() + 0.75 <= SIDE as f32 / 4.0);
 }
 
 #[test]
