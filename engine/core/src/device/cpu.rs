@@ -11,7 +11,10 @@ use crate::{
 use half::bf16;
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -180,13 +183,15 @@ impl CpuDevice {
         base.states.extend(opened.blocks.iter().map(|&b| blocks[b].1.bytes_mut().as_mut_ptr()));
         let staging = bytemuck::cast_slice_mut::<Line, f32>(&mut staging.0);
         pool.install(|| {
-            for step in &opened.plan.steps {
-                let start = Instant::now();
-                run_step(step, &base, staging, cpu, *poison);
-                if let Some(time) = time.as_deref_mut() {
-                    time.push(start.elapsed());
+            awake(|| {
+                for step in &opened.plan.steps {
+                    let start = Instant::now();
+                    run_step(step, &base, staging, cpu, *poison);
+                    if let Some(time) = time.as_deref_mut() {
+                        time.push(start.elapsed());
+                    }
                 }
-            }
+            });
         });
         Ok(())
     }
@@ -266,6 +271,45 @@ impl Device for CpuDevice {
         self.execute(plan, Some(&mut time))?;
         Ok(time)
     }
+}
+
+/// Runs `f` while the other threads of this pool look for work without ever falling asleep: to wake a
+/// thread takes as long as a small op.
+fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    /// How often a thread that finds nothing looks again before it offers its processor to others.
+    const LOOKS: u32 = 4096;
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Relaxed);
+        }
+    }
+    let (started, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let others = rayon::current_num_threads() - 1;
+    let watch = || {
+        started.fetch_add(1, Relaxed);
+        let mut idle = 0;
+        while !done.load(Relaxed) {
+            match rayon::yield_now() {
+                Some(rayon::Yield::Executed) => idle = 0,
+                _ if idle < LOOKS => {
+                    idle += 1;
+                    std::hint::spin_loop();
+                }
+                _ => std::thread::yield_now(),
+            }
+        }
+    };
+    rayon::scope(|s| {
+        (0..others).for_each(|_| s.spawn(|_| watch()));
+        // Each watch has a thread before `f` begins: were one left, the thread of `f` might take it up
+        // while it waits for a part of its own work, and never return.
+        while started.load(Relaxed) < others {
+            std::thread::yield_now();
+        }
+        let _done = Done(&done);
+        f()
+    })
 }
 
 fn fits(at: Place<'_>, spec: Spec, dtype: DType, len: usize) -> Result<()> {

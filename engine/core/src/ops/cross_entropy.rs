@@ -23,7 +23,7 @@ impl Graph {
 }
 
 /// Rows whose logits one task holds.
-const TASK: usize = 64;
+const TASK: usize = 192;
 
 /// Rows whose probabilities exist at once in the backward pass.
 fn window(vocabulary: usize) -> usize {
@@ -33,6 +33,12 @@ fn window(vocabulary: usize) -> usize {
 /// `1 / count`, or zero.
 fn inverse<T: Real>(count: T) -> T {
     if count > T::ZERO { T::ONE / count } else { T::ZERO }
+}
+
+/// A target as an index, if its row is in use.
+#[inline(always)]
+fn used(target: i32, vocabulary: usize) -> Option<usize> {
+    usize::try_from(target).ok().filter(|&t| t < vocabulary)
 }
 
 /// `ln sum exp` of a row.
@@ -79,21 +85,30 @@ impl Op for CrossEntropy {
             let (c, v) = (ins[1].shape.last(), ins[1].shape.rows());
             let (h, w) = (T::read(&ins[0]), Mat::new(T::read(&ins[1]), v, c).t());
             let (targets, lse) = (ins[2].i32(), T::write(lse));
-            cpu.scratch(targets.len(), |each: &mut [T]| {
+            let rows = targets.len();
+            cpu.scratch(rows, |each: &mut [T]| {
                 let tasks = lse.par_chunks_mut(TASK).zip(each.par_chunks_mut(TASK));
                 let tasks = tasks.zip(h.par_chunks(TASK * c).zip(targets.par_chunks(TASK)));
-                tasks.for_each(|((lse, each), (h, targets))| cpu.scratch(lse.len() * v, |z: &mut [T]| {
-                    matmul_block(z, v, Mat::new(h, lse.len(), c), w, T::ONE, false);
-                    simd!({
-                        for (r, z) in z.chunks(v).enumerate() {
-                            let target = targets[r] as usize;
-                            let used = targets[r] >= 0 && target < v;
-                            lse[r] = if used { log_sum_exp(z) } else { T::ZERO };
-                            each[r] = if used { lse[r] - z[target] } else { T::ZERO };
-                        }
+                tasks.for_each(|((lse, each), (h, targets))| {
+                    if targets.iter().all(|&t| used(t, v).is_none()) {
+                        lse.fill(T::ZERO);
+                        each.fill(T::ZERO);
+                        return;
+                    }
+                    cpu.scratch(lse.len() * v, |z: &mut [T]| {
+                        matmul_rows(z, Mat::new(h, lse.len(), c), w, false, cpu);
+                        simd!({
+                            for (r, z) in z.chunks(v).enumerate() {
+                                (lse[r], each[r]) = (T::ZERO, T::ZERO);
+                                if let Some(target) = used(targets[r], v) {
+                                    lse[r] = log_sum_exp(z);
+                                    each[r] = lse[r] - z[target];
+                                }
+                            }
+                        });
                     });
-                }));
-                T::write(loss)[0] = sum(each.len(), |r| each[r]) * inverse(T::read(&ins[3])[0]);
+                });
+                T::write(loss)[0] = sum(rows, |r| each[r]) * inverse(T::read(&ins[3])[0]);
             });
         });
     }
@@ -136,22 +151,24 @@ impl Op for CrossEntropyBwd {
             if !self.accumulate {
                 dw.fill(T::ZERO);
             }
-            let rows = window(v);
-            for (i, dh) in dh.chunks_mut(rows * c).enumerate() {
-                let n = dh.len() / c;
-                let (h, lse, targets) = (&h[i * rows * c..][..n * c], &lse[i * rows..][..n], &targets[i * rows..][..n]);
-                cpu.scratch(n * v, |dz: &mut [T]| {
-                    let tasks = dz.par_chunks_mut(TASK * v).zip(dh.par_chunks_mut(TASK * c));
-                    tasks.enumerate().for_each(|(j, (dz, dh))| {
-                        let m = dh.len() / c;
-                        let at = j * TASK;
-                        matmul_block(dz, v, Mat::new(&h[at * c..], m, c), Mat::new(w, v, c).t(), T::ONE, false);
-                        simd!(logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
-                        matmul_block(dh, c, Mat::new(dz, m, v), Mat::new(w, v, c), T::ONE, false);
+            // Rows after the last one in use cost nothing.
+            let n = targets.iter().rposition(|&t| used(t, v).is_some()).map_or(0, |last| last + 1);
+            dh[n * c..].fill(T::ZERO);
+            let (rows, w) = (window(v), Mat::new(w, v, c));
+                for (i, dh) in dh[..n * c].chunks_mut(rows * c).enumerate() {
+                    let (n, at) = (dh.len() / c, i * rows);
+                    let (h, lse, targets) = (&h[at * c..][..n * c], &lse[at..][..n], &targets[at..][..n]);
+                    cpu.scratch(n * v, |dz: &mut [T]| {
+                        let tasks = dz.par_chunks_mut(TASK * v).zip(dh.par_chunks_mut(TASK * c));
+                        tasks.enumerate().for_each(|(j, (dz, dh))| {
+                            let (m, at) = (dh.len() / c, j * TASK);
+                            matmul_rows(dz, Mat::new(&h[at * c..], m, c), w.t(), false, cpu);
+                            simd!(logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
+                            matmul_rows(dh, Mat::new(dz, m, v), w, false, cpu);
+                        });
+                        matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true, cpu);
                     });
-                    matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true);
-                });
-            }
+                }
         });
     }
 
@@ -169,11 +186,10 @@ impl Op for CrossEntropyBwd {
 #[inline(always)]
 fn logits_gradient<T: Real>(z: &mut [T], v: usize, targets: &[i32], lse: &[T], scale: T) {
     for (r, z) in z.chunks_mut(v).enumerate() {
-        let target = targets[r] as usize;
-        if targets[r] < 0 || target >= v {
+        let Some(target) = used(targets[r], v) else {
             z.fill(T::ZERO);
             continue;
-        }
+        };
         for z in z.iter_mut() {
             *z = (*z - lse[r]).exp() * scale;
         }

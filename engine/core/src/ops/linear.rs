@@ -82,7 +82,7 @@ impl Linear {
         axpy(y, T::ONE, residual);
     }
 
-    fn run<T: Real>(&self, ins: &[In<'_>], outs: &mut [Out<'_>]) {
+    fn run<T: Real>(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         let (n, k) = (ins[0].shape.rows(), ins[0].shape.last());
         let m = ins[1].shape.rows();
         let (x, w) = (Mat::new(T::read(&ins[0]), n, k), Mat::new(T::read(&ins[1]), m, k).t());
@@ -98,7 +98,10 @@ impl Linear {
         let width = y.len() / n.max(1);
         let piece = |i: usize, pre: &mut [T], y: &mut [T]| {
             let rows = pre.len() / m;
-            matmul_block(pre, m, x.rows(i * step, rows), w, T::ONE, false);
+            match n <= FEW {
+                true => matmul(pre, x, w, false, cpu),
+                false => matmul_rows(pre, x.rows(i * step, rows), w, false, cpu),
+            }
             let out = if width == 0 { m } else { width };
             let residual = if self.residual { &residual[i * step * out..][..rows * out] } else { &[] };
             simd!(self.finish(pre, y, bias, residual));
@@ -141,8 +144,8 @@ impl Op for Linear {
         Ok(if self.activation == Activation::None { vec![y] } else { vec![y, pre] })
     }
 
-    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
-        real!(outs[0], T => self.run::<T>(ins, outs));
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        real!(outs[0], T => self.run::<T>(ins, outs, cpu));
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
@@ -185,11 +188,11 @@ impl Op for LinearDx {
         Ok(vec![Spec::new(dy.shape.with_last(w.shape.last()), dy.dtype)])
     }
 
-    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
             let (dy, w) = (Mat::new(T::read(&ins[0]), n, m), Mat::new(T::read(&ins[1]), m, k));
-            matmul(T::write(&mut outs[0]), dy, w, false);
+            matmul(T::write(&mut outs[0]), dy, w, false, cpu);
         });
     }
 
@@ -210,11 +213,11 @@ impl Op for LinearDw {
         Ok(vec![if self.accumulate { ins[2] } else { dw }])
     }
 
-    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
             let (dy, x) = (Mat::new(T::read(&ins[0]), n, m).t(), Mat::new(T::read(&ins[1]), n, k));
-            matmul(T::write(&mut outs[0]), dy, x, self.accumulate);
+            matmul(T::write(&mut outs[0]), dy, x, self.accumulate, cpu);
         });
     }
 

@@ -41,9 +41,53 @@ pub(super) fn silu_row<T: Real>(x: &[T], y: &mut [T]) {
 /// One row of SwiGLU.
 #[inline(always)]
 pub(super) fn swiglu_row<T: Real>(x: &[T], y: &mut [T]) {
-    for (y, x) in y.iter_mut().zip(x.as_chunks::<2>().0) {
+    let (ys, rest) = y.as_chunks_mut::<LANES>();
+    let whole = ys.len() * PAIRS;
+    for (y, x) in ys.iter_mut().zip(x.as_chunks::<PAIRS>().0) {
+        let (gate, up) = halves(x);
+        for l in 0..LANES {
+            y[l] = silu(gate[l]).0 * up[l];
+        }
+    }
+    for (y, x) in rest.iter_mut().zip(x[whole..].as_chunks::<2>().0) {
         *y = silu(x[0]).0 * x[1];
     }
+}
+
+/// One row of the gradient of SwiGLU.
+#[inline(always)]
+fn swiglu_bwd_row<T: Real>(x: &[T], dy: &[T], dx: &mut [T]) {
+    let (dxs, rest) = dx.as_chunks_mut::<PAIRS>();
+    let whole = dxs.len() * LANES;
+    for ((dx, x), dy) in dxs.iter_mut().zip(x.as_chunks::<PAIRS>().0).zip(dy.as_chunks::<LANES>().0) {
+        let (gate, up) = halves(x);
+        let (mut dgate, mut dup) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+        for l in 0..LANES {
+            let (y, slope) = silu(gate[l]);
+            (dgate[l], dup[l]) = (dy[l] * up[l] * slope, dy[l] * y);
+        }
+        for l in 0..LANES {
+            (dx[2 * l], dx[2 * l + 1]) = (dgate[l], dup[l]);
+        }
+    }
+    let pairs = rest.as_chunks_mut::<2>().0.iter_mut().zip(x[2 * whole..].as_chunks::<2>().0);
+    for ((dx, x), dy) in pairs.zip(&dy[whole..]) {
+        let (y, slope) = silu(x[0]);
+        *dx = [*dy * x[1] * slope, *dy * y];
+    }
+}
+
+/// Elements of [`LANES`] gates and ups.
+const PAIRS: usize = 2 * LANES;
+
+/// Gates and ups.
+#[inline(always)]
+fn halves<T: Real>(x: &[T; PAIRS]) -> ([T; LANES], [T; LANES]) {
+    let (mut gate, mut up) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+    for l in 0..LANES {
+        (gate[l], up[l]) = (x[2 * l], x[2 * l + 1]);
+    }
+    (gate, up)
 }
 
 impl Op for SwiGlu {
@@ -93,13 +137,7 @@ impl Op for SwiGluBwd {
             let (x, dy, dx) = (T::read(&ins[0]), T::read(&ins[1]), T::write(&mut outs[0]));
             let chunk = chunk_rows(2);
             let rows = dx.par_chunks_mut(2 * chunk).zip(x.par_chunks(2 * chunk)).zip(dy.par_chunks(chunk));
-            rows.for_each(|((dx, x), dy)| simd!({
-                let pairs = dx.as_chunks_mut::<2>().0.iter_mut().zip(x.as_chunks::<2>().0);
-                for ((dx, x), dy) in pairs.zip(dy) {
-                    let (y, slope) = silu(x[0]);
-                    *dx = [*dy * x[1] * slope, *dy * y];
-                }
-            }));
+            rows.for_each(|((dx, x), dy)| simd!(swiglu_bwd_row(x, dy, dx)));
         });
     }
 
@@ -121,11 +159,13 @@ impl Op for SiluBwd {
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         real!(outs[0], T => {
             let (x, dy, dx) = (T::read(&ins[0]), T::read(&ins[1]), T::write(&mut outs[0]));
-            simd!({
+            let chunk = chunk_rows(1);
+            let rows = dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).zip(dy.par_chunks(chunk));
+            rows.for_each(|((dx, x), dy)| simd!({
                 for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
                     *dx = *dy * silu(*x).1;
                 }
-            });
+            }));
         });
     }
 
