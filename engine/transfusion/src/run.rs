@@ -129,7 +129,7 @@ impl RunConfig {
         };
         let train = match name {
             "tiny" => TrainOptions {
-                steps: 2800,
+                steps: 3300,
                 rows: 2,
                 positions: 512,
                 lr: 3e-3,

@@ -78,7 +78,7 @@ pub fn piece_rows(m: usize) -> usize {
 pub fn matmul_rows<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool, cpu: &Cpu) {
     assert!(a.cols == b.rows, "inner dimensions {} and {}", a.cols, b.rows);
     let c = &mut c[..a.rows * b.cols];
-    let strips = if a.col_stride == 1 { 0 } else { a.rows.next_multiple_of(TALL) * DEPTH };
+    let strips = if a.col_stride == 1 { 0 } else { a.rows.div_ceil(TALL) * STRIP * DEPTH };
     cpu.scratch(DEPTH * panel::<T>() + strips, |spare: &mut [T]| {
         let (packed, strips) = spare.split_at_mut(DEPTH * panel::<T>());
         pulp::Arch::new().dispatch(Product { c, a, b, accumulate, packed, strips });
@@ -159,6 +159,8 @@ fn pack_panel<T: Real, const W: usize>(b: Mat<'_, T>, from: usize, at: usize, to
 const SHORT: usize = 6;
 /// Most rows of a tile.
 const TALL: usize = 12;
+/// Such rows padded to whole vectors.
+const STRIP: usize = 16;
 
 /// Some rows of a product.
 struct Product<'a, 'b, T> {
@@ -180,17 +182,17 @@ impl<T: Real> pulp::WithSimd for Product<'_, '_, T> {
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
         match S::F32_LANES {
-            16 => self.run::<S, TALL, 1>(simd),
-            8 => self.run::<S, SHORT, 2>(simd),
-            4 => self.run::<S, 4, 4>(simd),
-            _ => self.run::<S, 2, 16>(simd),
+            16 => self.run::<S, TALL, STRIP, 1>(simd),
+            8 => self.run::<S, SHORT, 8, 2>(simd),
+            4 => self.run::<S, 4, 4, 4>(simd),
+            _ => self.run::<S, 2, 2, 16>(simd),
         }
     }
 }
 
 impl<T: Real> Product<'_, '_, T> {
     #[inline(always)]
-    fn run<S: pulp::Simd, const R: usize, const N: usize>(self, simd: S) {
+    fn run<S: pulp::Simd, const R: usize, const P: usize, const N: usize>(self, simd: S) {
         let Product { c, a, b, mut accumulate, packed, strips } = self;
         let (n, width) = (b.cols, panel::<T>());
         if a.cols == 0 && !accumulate {
@@ -198,9 +200,9 @@ impl<T: Real> Product<'_, '_, T> {
         }
         for from in (0..a.cols).step_by(DEPTH) {
             let depth = DEPTH.min(a.cols - from);
-            let strips = strips.as_chunks_mut::<R>().0;
+            let strips = strips.as_chunks_mut::<P>().0;
             if a.col_stride != 1 {
-                pack_strips(a, from, depth, strips);
+                pack_strips::<T, R, P>(a, from, depth, strips);
             }
             for j in (0..n).step_by(width) {
                 let packed = &mut packed[..depth * width];
@@ -217,7 +219,7 @@ impl<T: Real> Product<'_, '_, T> {
                         }
                         tile_of_rows::<T, S, R, N>(simd, panel, rows)
                     } else {
-                        tile_of_strip::<T, S, R, N>(simd, panel, &strips[i / R * depth..][..depth])
+                        tile_of_strip::<T, S, R, P, N>(simd, panel, &strips[i / R * depth..][..depth])
                     };
                     for (r, sum) in sum.iter().enumerate().take(a.rows - i) {
                         store(simd, &mut c[(i + r) * n + j..][..width.min(n - j)], sum, accumulate);
@@ -259,10 +261,10 @@ fn tile_of_rows<T: Real, S: pulp::Simd, const R: usize, const N: usize>(
 
 /// A tile of the result, of a panel of the right factor and a strip of the left.
 #[inline(always)]
-fn tile_of_strip<T: Real, S: pulp::Simd, const R: usize, const N: usize>(
+fn tile_of_strip<T: Real, S: pulp::Simd, const R: usize, const P: usize, const N: usize>(
     simd: S,
     b: &[[T::Vector<S>; N]],
-    a: &[[T; R]],
+    a: &[[T; P]],
 ) -> [[T::Vector<S>; N]; R] {
     let mut sum = [[T::splat(simd, T::ZERO); N]; R];
     let ((b_turns, b_rest), (a_turns, a_rest)) = (b.as_chunks::<UNROLL>(), a.as_chunks::<UNROLL>());
@@ -317,15 +319,20 @@ fn store<T: Real, S: pulp::Simd, const N: usize>(
     }
 }
 
-/// Columns `from..from + depth` of `a` in strips of `R` rows: `[m / R][depth][R]`. What lies beyond the
-/// last row stays arbitrary: it reaches rows of tiles that are not stored.
+/// Columns `from..from + depth` of `a` in strips of `R` rows, padded to `P`: `[m / R][depth][P]`. What
+/// lies beyond the last row stays arbitrary: it reaches rows of tiles that are not stored.
 #[inline(always)]
-fn pack_strips<T: Real, const R: usize>(a: Mat<'_, T>, from: usize, depth: usize, strips: &mut [[T; R]]) {
+fn pack_strips<T: Real, const R: usize, const P: usize>(
+    a: Mat<'_, T>,
+    from: usize,
+    depth: usize,
+    strips: &mut [[T; P]],
+) {
     for i in (0..a.rows).step_by(R) {
         let rows = R.min(a.rows - i);
         for (p, to) in strips[i / R * depth..][..depth].iter_mut().enumerate() {
-            if a.row_stride == 1 && rows == R {
-                to.copy_from_slice(a.t().run(from + p, i, R));
+            if a.row_stride == 1 && i + P <= a.rows {
+                to.copy_from_slice(a.t().run(from + p, i, P));
             } else {
                 for (r, to) in to.iter_mut().enumerate().take(rows) {
                     *to = a.data[(i + r) * a.row_stride + (from + p) * a.col_stride];
