@@ -30,10 +30,16 @@ fn captioned_pictures_open_and_train() {
     let mut config = RunConfig::preset("tiny").unwrap();
     config.data.paths = vec![path];
     config.train.steps = 1;
+    config.output.validate_documents = 4;
     let mut run = Run::create(config, &scratch.0.join("run"), None, cpu(0).unwrap(), &mut |_| ()).unwrap();
     run.train(&mut |_| (), Cancel(None)).unwrap();
     let metrics = transfusion::metrics::read(&run.dir().metrics()).unwrap();
     assert!(metrics[0].get("loss/image").unwrap() > 0.0 && metrics[0].get("images").unwrap() > 4.0);
+    // The comparison at the end: a linear denoiser does better than nothing, and worse with more noise.
+    let last = metrics.last().unwrap();
+    let linear: Vec<f64> = (0..10).map(|i| last.get(&format!("linear/image/t{i}")).unwrap()).collect();
+    assert!(linear[0] < 0.01 && linear.windows(2).all(|e| e[0] < e[1]) && linear[9] < 0.4, "{linear:?}");
+    assert!(std::fs::read_to_string(run.dir().report()).unwrap().contains("best linear denoiser"));
 }
 
 #[test]

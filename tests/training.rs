@@ -5,7 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 use transfusion::{
+    data::shapes,
     engine::{Engine, cpu},
+    metrics,
     model::Capacity,
     run::{DataOptions, OutputOptions, Run, RunConfig, RunEvent},
     sample::{Cancel, Goal, SampleOptions},
@@ -34,6 +36,7 @@ fn config(steps: u64) -> RunConfig {
         sample_every: 6,
         checkpoint_every: 4,
         keep_checkpoints: 0,
+        linear_baseline: true,
         sample: SampleOptions { goal: Goal::Image, steps: 3, ..SampleOptions::default() },
     };
     let data = DataOptions { paths: vec!["shapes".into()], ..DataOptions::default() };
@@ -186,4 +189,49 @@ fn noise_follows_seed_and_document() {
     assert_eq!(loss(1, 0), loss(1, 0));
     assert_ne!(loss(1, 0), loss(2, 0));
     assert_ne!(loss(1, 0), loss(1, 1));
+}
+
+/// A finished run is held against the best linear denoiser of its pictures: once, however often it was
+/// interrupted, and not before it is finished.
+#[test]
+fn a_finished_run_is_compared_once() {
+    let scratch = Scratch::new("compared");
+    let pictures = scratch.0.join("pictures");
+    fs::create_dir_all(&pictures).unwrap();
+    for i in 0..24 {
+        let (scene, picture) = shapes::example(3, shapes::Split::Train, i);
+        picture.save(&pictures.join(format!("{i}.png"))).unwrap();
+        fs::write(pictures.join(format!("{i}.txt")), scene.caption()).unwrap();
+    }
+    let mut config = config(4);
+    config.train.rows = 4;
+    config.data = DataOptions { paths: vec![pictures], val_fraction: 0.2, ..DataOptions::default() };
+    let compared = |run: &Run| {
+        let records = metrics::read(&run.dir().metrics()).unwrap();
+        let of = |name: &str| {
+            let with = records.iter().filter(|r| r.get(&format!("{name}/image/t0")).is_some());
+            with.map(|r| (0..10).map(|i| r.get(&format!("{name}/image/t{i}")).unwrap()).collect()).collect()
+        };
+        [of("final"), of("linear")] as [Vec<Vec<f64>>; 2]
+    };
+    let path = scratch.0.join("run");
+    let mut run = Run::create(config.clone(), &path, None, cpu(1).unwrap(), &mut |_| ()).unwrap();
+    run.train_until(&mut |p| p.step == 2, &mut |_| (), Cancel(None)).unwrap();
+    assert_eq!(compared(&run), <[Vec<Vec<f64>>; 2]>::default());
+    drop(run);
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        let mut run = Run::resume(&path, cpu(1).unwrap(), &mut |_| ()).unwrap();
+        run.train(&mut |_| (), Cancel(None)).unwrap();
+        seen.push(compared(&run));
+        drop(run);
+    }
+    assert_eq!(seen[0], seen[1]);
+    let [of_model, of_linear] = &seen[0];
+    assert!(of_model.len() == 1 && of_linear.len() == 1, "{seen:?}");
+    assert!(of_linear[0].iter().all(|e| *e > 0.0 && e.is_finite()), "{of_linear:?}");
+    let mut whole =
+        Run::create(config, &scratch.0.join("whole"), None, cpu(2).unwrap(), &mut |_| ()).unwrap();
+    whole.train(&mut |_| (), Cancel(None)).unwrap();
+    assert_eq!(compared(&whole), seen[0]);
 }

@@ -1,17 +1,18 @@
-//! What ops compute with on the CPU: a real number type, chunks that do not depend on the number of
-//! threads, vector instructions chosen at run time, and matrix products.
+//! What ops compute with on the CPU: a real number type, chunks for threads, vector instructions chosen at run time, and matrix products.
 //!
 //! Every sum is taken in an order fixed by the shapes alone, so results have the same bits with any
-//! number of threads.
+//! number of threads. Work may be cut by the number of threads only where no sum crosses the cut.
 mod matmul;
 mod real;
 mod simd;
 mod sin_cos;
+mod transpose;
 
 pub use matmul::{FEW, Mat, matmul, matmul_rows, piece_rows};
 pub use real::{LANES, Real, axpy, dot, sum};
 pub(crate) use simd::{Vectorised, simd};
 pub use sin_cos::sin_cos;
+pub use transpose::transpose;
 
 use std::sync::Mutex;
 

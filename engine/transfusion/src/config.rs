@@ -165,7 +165,7 @@ impl ModelConfig {
                 tie_word_embeddings: true,
                 ..llama(128, 352, 4, 4, 256, 512, Some(pixels))
             }),
-            "text-tiny" => ModelConfig { tie_word_embeddings: true, ..llama(128, 336, 4, 4, 256, 64, None) },
+            "text-tiny" => ModelConfig { tie_word_embeddings: true, ..llama(128, 320, 4, 4, 256, 64, None) },
             "0.16b" => paper(768, 2048, 16, 12),
             "0.37b" => paper(1024, 2816, 24, 16),
             "0.76b" => paper(1536, 4096, 24, 24),

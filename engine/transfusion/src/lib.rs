@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod report;
 pub mod run_dir;
 pub mod run;
+pub mod baseline;
 mod run_report;
 pub mod demo;
 

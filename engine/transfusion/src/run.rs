@@ -1,5 +1,6 @@
 //! A training run in a directory: data, steps, validation, sample grids, checkpoints, metrics, report.
 use crate::{
+    baseline::LinearDenoiser,
     batch::{Batch, Geometry, PackOptions, Packer, PairOrder},
     config::ModelConfig,
     data::{self, Holdout, OpenOptions, Part, Shared},
@@ -7,7 +8,7 @@ use crate::{
     engine::Engine,
     error::{Error, Result},
     hf,
-    metrics::{Metrics, Record},
+    metrics::{self, Metrics, Record},
     model::Capacity,
     picture::Picture,
     report,
@@ -94,6 +95,9 @@ pub struct OutputOptions {
     pub checkpoint_every: u64,
     /// Checkpoints that are kept; 0 is all.
     pub keep_checkpoints: usize,
+    /// Whether the finished model is compared with the best linear denoiser of the same pictures, where
+    /// they have an end.
+    pub linear_baseline: bool,
     /// How grids are sampled.
     pub sample: SampleOptions,
 }
@@ -107,6 +111,7 @@ impl Default for OutputOptions {
             sample_every: 1000,
             checkpoint_every: 1000,
             keep_checkpoints: 3,
+            linear_baseline: true,
             sample: SampleOptions { goal: Goal::Image, steps: 30, ..SampleOptions::default() },
         }
     }
@@ -200,6 +205,7 @@ impl RunConfig {
     pub fn check(&self) -> Result<()> {
         self.model.check()?;
         self.train.check()?;
+        self.output.sample.check(self.model.image().map(|i| i.objective))?;
         if self.data.paths.is_empty() {
             return Err(Error::Config(
                 "there is nothing to train on; name a folder, a file, or shapes".into(),
@@ -280,10 +286,22 @@ pub enum RunEvent {
         /// What it found.
         evaluation: Evaluation,
     },
+    /// The errors of the finished model and of the best linear denoiser at ten noise levels, on the same
+    /// pictures.
+    Comparison(Box<Comparison>),
     /// A grid of pictures was written.
     Grid(PathBuf),
     /// A checkpoint was written.
     Checkpoint(PathBuf),
+}
+
+/// Errors at ten noise levels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Comparison {
+    /// The model's.
+    pub model: [Option<f64>; 10],
+    /// The best linear denoiser's; `None` where its equations were not solved in time.
+    pub linear: [Option<f64>; 10],
 }
 
 /// A training run that is open.
@@ -293,6 +311,7 @@ pub struct Run {
     metrics: Metrics,
     trainer: Trainer,
     packer: Packer,
+    training: Shared,
     validation: Option<Shared>,
     batches: Vec<Batch>,
     grid: Option<report::Picture>,
@@ -371,11 +390,12 @@ impl Run {
             ..PackOptions::default()
         };
         let tokens = config.model.tokens();
+        let training = data.source.clone();
         let mut packer = Packer::new(data.source, tokens, geometry, options, config.train.seed)?;
         packer.seek(trainer.progress().cursor);
         let batches = vec![Batch::new(geometry); config.train.accumulation];
         let (validation, tally, grid) = (data.validation, Tally::default(), None);
-        Ok(Run { config, dir, metrics, trainer, packer, validation, batches, grid, tally })
+        Ok(Run { config, dir, metrics, trainer, packer, training, validation, batches, grid, tally })
     }
 
     /// The model in training.
@@ -437,6 +457,9 @@ impl Run {
             self.after_step(&report, observe, cancel)?;
         }
         self.checkpoint(observe)?;
+        if self.trainer.progress().step == of {
+            self.compare(observe, cancel)?;
+        }
         self.report()
     }
 
@@ -474,6 +497,10 @@ impl Run {
                 observe(RunEvent::Validation { step: report.step, evaluation });
             }
         }
+        // First what must not be lost.
+        if due(output.checkpoint_every) {
+            self.checkpoint(observe)?;
+        }
         if due(output.sample_every) && self.config.model.image().is_some() {
             match self.sample_grid(report.step, cancel) {
                 Ok(Some(path)) => observe(RunEvent::Grid(path)),
@@ -482,7 +509,6 @@ impl Run {
             }
         }
         if due(output.checkpoint_every) {
-            self.checkpoint(observe)?;
             self.report()?;
         }
         Ok(())
@@ -524,6 +550,52 @@ impl Run {
             evaluate_documents(self.trainer.engine(), capacity, &source, range, t, &mut sum)?;
         }
         Ok(Some(sum))
+    }
+
+    /// The finished model beside the best linear denoiser: the same validation pictures at ten noise
+    /// levels.
+    fn compare(&mut self, observe: &mut dyn FnMut(RunEvent), cancel: Cancel<'_>) -> Result<()> {
+        let (Some(image), Some(source)) = (self.config.model.image().cloned(), self.validation.clone())
+        else {
+            return Ok(());
+        };
+        let step = self.trainer.progress().step;
+        let told = |r: &Record| r.step == step && r.get("linear/image/t0").is_some();
+        if !self.config.output.linear_baseline || metrics::read(&self.dir.metrics())?.iter().any(told) {
+            return Ok(());
+        }
+        let values = image.channels * image.size * image.size;
+        let Some(linear) = LinearDenoiser::fit(self.training.as_ref(), values) else { return Ok(()) };
+        let limit = self.config.output.validate_documents;
+        let documents = 0..source.len().unwrap_or(limit).min(limit);
+        let capacity = self.trainer.capacity();
+        let mut evaluation = Evaluation::default();
+        let mut errors = [None; 10];
+        for (level, error) in errors.iter_mut().enumerate() {
+            let t = 100.0 * level as f32 + 50.0;
+            let engine = self.trainer.engine();
+            evaluate_documents(engine, capacity, &source, documents.clone(), t, &mut evaluation)?;
+            *error = linear.error(
+                source.as_ref(),
+                documents.clone(),
+                image.objective,
+                t,
+                EVALUATION_SEED,
+                cancel,
+            )?;
+        }
+        let model = evaluation.by_level();
+        let mut record = Record::new(step);
+        for (name, errors) in [("final", &model), ("linear", &errors)] {
+            for (i, error) in errors.iter().enumerate() {
+                if let Some(error) = error {
+                    record = record.with(format!("{name}/image/t{i}"), *error);
+                }
+            }
+        }
+        self.metrics.write(&record)?;
+        observe(RunEvent::Comparison(Box::new(Comparison { model, linear: errors })));
+        Ok(())
     }
 
     /// Draws pictures for the first captions that were kept for validation.
@@ -585,6 +657,9 @@ pub fn geometry(c: &ModelConfig, capacity: Capacity) -> Geometry {
     }
 }
 
+/// The noise of every evaluation, so that figures of two models can be compared.
+const EVALUATION_SEED: u64 = 0x7261_6e64;
+
 /// Evaluates documents `range` of a source, images at noise level `t`, captions before images.
 ///
 /// # Errors
@@ -597,14 +672,13 @@ pub fn evaluate_documents(
     t: f32,
     into: &mut Evaluation,
 ) -> Result<()> {
-    /// The noise of every evaluation, so that figures of two models can be compared.
-    const SEED: u64 = 0x7261_6e64;
     let geometry = geometry(engine.config(), capacity);
     let objective = engine.config().image().map(|i| i.objective);
     let coefficients = |t: f32| objective.map_or([0.0; 4], |o| diffusion::coefficients(o, t));
     let options = PackOptions::evaluation(PairOrder::CaptionFirst, t);
     let tokens = engine.config().tokens();
-    let mut packer = Packer::new(source.clone(), tokens, geometry, options, SEED)?.until(range.end);
+    let mut packer =
+        Packer::new(source.clone(), tokens, geometry, options, EVALUATION_SEED)?.until(range.end);
     packer.seek(range.start);
     let mut batch = Batch::new(geometry);
     while packer.cursor() < range.end {
@@ -613,7 +687,7 @@ pub fn evaluate_documents(
         if packer.cursor() == before {
             return Err(Error::Data(format!("document {before} does not fit into an empty batch")));
         }
-        evaluate(engine, capacity, &batch, SEED, into)?;
+        evaluate(engine, capacity, &batch, EVALUATION_SEED, into)?;
     }
     Ok(())
 }

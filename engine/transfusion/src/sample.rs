@@ -101,6 +101,13 @@ impl SampleOptions {
         if self.steps == 0 || self.steps > 10_000 {
             return refuse(format!("steps is {}; it must be between 1 and 10000", self.steps));
         }
+        for (name, value, high) in
+            [("max_text", self.max_text, 1 << 20), ("max_images", self.max_images, 1024)]
+        {
+            if value > high {
+                return refuse(format!("{name} is {value}; it must be at most {high}"));
+            }
+        }
         for (name, value, high) in [
             ("guidance", self.guidance, 1e4),
             ("temperature", self.temperature, 1e4),
@@ -272,7 +279,11 @@ impl<'a> Run<'a> {
                 "a prompt takes {longest} positions, and this model is meant for {room}; shorten it"
             )));
         }
-        let new_images = if options.goal == Goal::Text { 0 } else { options.max_images.max(1) };
+        let new_images = match options.goal {
+            Goal::Text => 0,
+            Goal::Image => 1,
+            Goal::Any => options.max_images.max(1),
+        };
         let new_text = if options.goal == Goal::Image { 0 } else { options.max_text };
         let capacity = (longest + new_text + new_images * (patches + 2) + 2).max(patches + 2);
         let bytes = 256.min(config.vocab_size as i32);

@@ -343,8 +343,16 @@ impl Trainer {
     /// One optimiser step over micro-batches: losses and gradients are means over all of them.
     ///
     /// # Errors
-    /// If the device fails, or ten steps in a row had a gradient that is not finite.
+    /// If a batch has another geometry than the model takes, the device fails, or ten steps in a row had a
+    /// gradient that is not finite.
     pub fn step(&mut self, batches: &[Batch]) -> Result<StepReport> {
+        let geometry = crate::run::geometry(self.engine.config(), self.capacity);
+        if let Some(batch) = batches.iter().find(|b| b.geometry != geometry) {
+            return Err(Error::Data(format!(
+                "a batch of {:?} where {geometry:?} is trained",
+                batch.geometry
+            )));
+        }
         let plan = self.engine.open(Program::Loss(self.capacity, LossOptions::TRAIN))?;
         let has_images = self.engine.config().image().is_some();
         let mut report = StepReport {

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 use transfusion::{
-    run::RunEvent,
+    run::{Comparison, RunEvent},
     sample::Event,
     train::{Evaluation, StepReport},
 };
@@ -48,6 +48,7 @@ impl Training {
             RunEvent::Start { step, of, parameters } => self.start(*step, *of, *parameters),
             RunEvent::Step(report) => self.step(report),
             RunEvent::Validation { step, evaluation } => self.say(validation(*step, evaluation)),
+            RunEvent::Comparison(errors) => self.say(comparison(errors)),
             RunEvent::Grid(path) => self.say(format!("samples: {}", path.display())),
             RunEvent::Checkpoint(path) => self.say(format!("checkpoint: {}", path.display())),
         }
@@ -116,7 +117,21 @@ fn validation(step: u64, e: &Evaluation) -> String {
     let text = e.nats_per_token().map(|nats| format!("text {nats:.4} nats per token"));
     let image = e.image_error().map(|error| format!("image {error:.4} mean squared error"));
     let found: Vec<String> = text.into_iter().chain(image).collect();
-    format!("validation after step {step}: {}", found.join(", "))
+    let levels: Vec<String> = e.by_level().iter().flatten().map(|e| format!("{e:.4}")).collect();
+    let levels =
+        if levels.len() > 1 { format!("; by noise level {}", levels.join(" ")) } else { String::new() };
+    format!("validation after step {step}: {}{levels}", found.join(", "))
+}
+
+/// Two lines of errors, by noise level.
+fn comparison(errors: &Comparison) -> String {
+    let one = |e: &Option<f64>| e.map_or("     -".to_owned(), |e| format!("{e:.4}"));
+    let line = |errors: &[Option<f64>; 10]| errors.iter().map(one).collect::<Vec<_>>().join(" ");
+    format!(
+        "image error by noise level  {}\n     best linear denoiser  {}",
+        line(&errors.model),
+        line(&errors.linear)
+    )
 }
 
 /// What is shown of a sampling: a bar of its denoising steps, on a terminal only.

@@ -1,7 +1,7 @@
 //! Matrix products in the manner of Goto and van de Geijn (2008): the right factor is packed once into
 //! panels that stay in cache, and tiles of the result are summed in registers. Every element is summed
 //! in an order fixed by the shapes alone: over the inner dimension, in blocks of [`DEPTH`].
-use super::{Cpu, Real, axpy, dot, simd};
+use super::{Cpu, Real, axpy, dot, simd, transpose};
 use crate::tensor::DType;
 use rayon::prelude::*;
 
@@ -66,7 +66,8 @@ pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bo
 }
 
 /// Rows of one parallel piece of a product with `m` rows: one piece for each thread, since every piece
-/// packs the right factor again. That costs less than to pass it between the caches of processors.
+/// packs the right factor again. That costs less than to pass it between the caches of processors. No
+/// sum crosses pieces, so how many there are changes no bit.
 pub fn piece_rows(m: usize) -> usize {
     m.div_ceil(rayon::current_num_threads()).max(2 * SHORT).next_multiple_of(SHORT)
 }
@@ -141,11 +142,7 @@ fn pack_panel<T: Real, const W: usize>(b: Mat<'_, T>, from: usize, at: usize, to
         }
     } else if b.row_stride == 1 && width == W {
         let columns: [&[T]; W] = std::array::from_fn(|w| b.t().run(at + w, from, to.len()));
-        for (p, to) in to.iter_mut().enumerate() {
-            for w in 0..W {
-                to[w] = columns[w][p];
-            }
-        }
+        transpose(columns, to);
     } else {
         for (p, to) in to.iter_mut().enumerate() {
             for (w, to) in to.iter_mut().enumerate().take(width) {
@@ -185,6 +182,7 @@ impl<T: Real> pulp::WithSimd for Product<'_, '_, T> {
             16 => self.run::<S, TALL, STRIP, 1>(simd),
             8 => self.run::<S, SHORT, 8, 2>(simd),
             4 => self.run::<S, 4, 4, 4>(simd),
+            _ if T::DTYPE == DType::F64 => self.run::<S, 2, 2, 8>(simd),
             _ => self.run::<S, 2, 2, 16>(simd),
         }
     }
@@ -370,6 +368,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Without vectors, the same numbers.
+    fn scalar<T: Real>() {
+        let (m, n, k) = (5, 19, 11);
+        let a: Vec<T> = (0..m * k).map(|i| T::of((i * 7 % 13) as f64 - 6.0)).collect();
+        let b: Vec<T> = (0..k * n).map(|i| T::of((i * 5 % 11) as f64 - 5.0)).collect();
+        let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
+        let mut want = vec![T::ZERO; m * n];
+        matmul(&mut want, a, b, false, &Cpu::default());
+        let (mut have, mut packed) = (vec![T::ZERO; m * n], vec![T::ZERO; DEPTH * panel::<T>()]);
+        let product = Product { c: &mut have, a, b, accumulate: false, packed: &mut packed, strips: &mut [] };
+        pulp::WithSimd::with_simd(product, pulp::Scalar::new());
+        assert_eq!(have, want);
+    }
+
+    #[test]
+    fn products_need_no_vectors() {
+        scalar::<f32>();
+        scalar::<f64>();
     }
 
     #[test]

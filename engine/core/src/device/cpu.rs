@@ -68,12 +68,9 @@ impl Block {
         lines.resize(n, Line([0; 8]));
         Ok(Block(lines))
     }
-    fn grow(&mut self, bytes: usize, what: &str) -> Result<()> {
-        if self.0.len() * 64 < bytes {
-            *self = Block::default();
-            *self = Block::new(bytes, what)?;
-        }
-        Ok(())
+    /// A larger one, where this one is too small.
+    fn grown(&self, bytes: usize, what: &str) -> Result<Option<Block>> {
+        (self.0.len() * 64 < bytes).then(|| Block::new(bytes, what)).transpose()
     }
     fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(&self.0)
@@ -200,10 +197,11 @@ impl CpuDevice {
 impl Device for CpuDevice {
     fn open(&mut self, plan: Arc<Plan>) -> Result<PlanId> {
         check(&plan)?;
+        // Whatever can fail comes before the first change of the device.
         let mut used = Vec::with_capacity(plan.states.len());
+        let mut fresh = Vec::new();
         for s in &plan.states {
-            let key = (s.kind, s.name.clone());
-            let block = match self.states.get(&key) {
+            let block = match self.states.get(&(s.kind, s.name.clone())) {
                 Some(&i) if self.blocks[i].0 == s.spec => i,
                 Some(&i) => {
                     let (kind, name, have) = (s.kind, s.name.clone(), self.blocks[i].0);
@@ -211,17 +209,22 @@ impl Device for CpuDevice {
                     return Err(Error::StateClash { kind, name, have, want });
                 }
                 None => {
-                    self.blocks.push((s.spec, Block::new(s.spec.bytes(), &s.name)?));
-                    self.states.insert(key, self.blocks.len() - 1);
-                    self.blocks.len() - 1
+                    fresh.push((s, Block::new(s.spec.bytes(), &s.name)?));
+                    self.blocks.len() + fresh.len() - 1
                 }
             };
             used.push(block);
         }
-        self.scratch.grow(plan.scratch_bytes, "the scratch arena")?;
+        let scratch = self.scratch.grown(plan.scratch_bytes, "the scratch arena")?;
         let staging = plan.steps.iter().map(staged_bytes).max().unwrap_or(0);
-        self.staging.grow(staging, "the bf16 staging buffer")?;
+        let staging = self.staging.grown(staging, "the bf16 staging buffer")?;
         let inputs = Block::new(plan.input_bytes, "the inputs of a plan")?;
+        for (s, block) in fresh {
+            self.states.insert((s.kind, s.name.clone()), self.blocks.len());
+            self.blocks.push((s.spec, block));
+        }
+        self.scratch = scratch.unwrap_or(std::mem::take(&mut self.scratch));
+        self.staging = staging.unwrap_or(std::mem::take(&mut self.staging));
         self.plans.push(Some(Opened { plan, blocks: used, inputs }));
         Ok(PlanId(self.plans.len() - 1))
     }
@@ -286,8 +289,16 @@ fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     }
     let (started, done) = (AtomicUsize::new(0), AtomicBool::new(false));
     let others = rayon::current_num_threads() - 1;
+    // A thread that looked for work before every watch has a thread might take up a second watch; so
+    // might the thread of `f` while it waits for a part of its own work, and never return.
+    let wait = || {
+        while started.load(Relaxed) < others {
+            std::thread::yield_now();
+        }
+    };
     let watch = || {
         started.fetch_add(1, Relaxed);
+        wait();
         let mut idle = 0;
         while !done.load(Relaxed) {
             match rayon::yield_now() {
@@ -302,11 +313,7 @@ fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     };
     rayon::scope(|s| {
         (0..others).for_each(|_| s.spawn(|_| watch()));
-        // Each watch has a thread before `f` begins: were one left, the thread of `f` might take it up
-        // while it waits for a part of its own work, and never return.
-        while started.load(Relaxed) < others {
-            std::thread::yield_now();
-        }
+        wait();
         let _done = Done(&done);
         f()
     })
@@ -483,6 +490,63 @@ fn borrow_mut<'a>(base: &'a Bases, slot: &Slot) -> ViewMut<'a> {
             DType::Bf16 => ViewMut::Bf16(std::slice::from_raw_parts_mut(p.cast(), n)),
             DType::I32 => ViewMut::I32(std::slice::from_raw_parts_mut(p.cast(), n)),
             DType::U8 => ViewMut::U8(std::slice::from_raw_parts_mut(p.cast(), n)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Graph;
+
+    /// `y = x + x` with `x` of `n` numbers and a cache of `cached`.
+    fn doubling(n: usize, cached: usize) -> Arc<Plan> {
+        let mut g = Graph::new();
+        let x = g.input("x", [n], DType::F32);
+        let cache = g.state(Kind::Cache, "kept", [cached], DType::F32);
+        let y = g.add(x, x);
+        g.output("y", y);
+        g.output("kept", cache);
+        Arc::new(Plan::new(&g).unwrap())
+    }
+
+    #[test]
+    fn a_plan_without_room_changes_nothing() {
+        let mut device = CpuDevice::new(CpuOptions { threads: 1, poison: false }).unwrap();
+        let small = device.open(doubling(3, 1)).unwrap();
+        device.close(small);
+        let small = device.open(doubling(3, 2)).unwrap();
+        let huge = device.open(doubling(1 << 45, 2)).unwrap_err();
+        assert!(matches!(huge, Error::Memory { .. }), "{huge}");
+        let mut other = CpuDevice::new(CpuOptions { threads: 1, poison: false }).unwrap();
+        other.open(doubling(1 << 45, 2)).unwrap_err();
+        other.open(doubling(3, 5)).unwrap();
+        device.write(Place::Input(small, "x"), View::F32(&[1.0, 2.0, 3.0])).unwrap();
+        device.run(small).unwrap();
+        assert!(
+            matches!(device.fetch(Place::Output(small, "y")).unwrap(), Host::F32(y) if y == [2.0, 4.0, 6.0])
+        );
+    }
+
+    #[test]
+    fn every_thread_stays_awake_and_comes_back() {
+        for threads in [1, 2, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for _ in 0..20 {
+                let sum: u64 = pool.install(|| {
+                    awake(|| {
+                        rayon::iter::ParallelIterator::sum(rayon::iter::IntoParallelIterator::into_par_iter(
+                            0..1000u64,
+                        ))
+                    })
+                });
+                assert_eq!(sum, 499_500);
+            }
+            let fall = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                pool.install(|| awake(|| panic!("a step fell")))
+            }));
+            assert!(fall.is_err());
+            assert_eq!(pool.install(|| awake(|| 7)), 7);
         }
     }
 }

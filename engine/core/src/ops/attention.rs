@@ -76,11 +76,7 @@ impl<'a, T: Real> Columns<'a, T> {
             let whole = i.is_multiple_of(W) && i + W <= rows.end;
             if whole {
                 let rows: [&[T]; W] = std::array::from_fn(|w| self.row(i + w));
-                for (d, to) in panel.chunks_exact_mut(W).enumerate() {
-                    for w in 0..W {
-                        to[w] = rows[w][d];
-                    }
-                }
+                transpose(rows, panel.as_chunks_mut::<W>().0);
             } else {
                 for (x, to) in self.row(i).iter().zip(panel.chunks_exact_mut(W)) {
                     to[i % W] = *x;

@@ -59,6 +59,9 @@ fn shapes(ins: &[Spec]) -> Result<(), String> {
     let [h, w, targets, count] = operands(&ins[..4])?;
     floats(&[h, w, count])?;
     integers(targets)?;
+    if h.shape.last() == 0 {
+        return Err(format!("{h:?} has no columns"));
+    }
     if h.shape.last() != w.shape.last() {
         return Err(format!("inner dimensions differ: {h:?} times the transpose of {w:?}"));
     }

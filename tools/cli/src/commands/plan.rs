@@ -19,7 +19,8 @@ const PREFILL: usize = 128;
 
 /// Show the bytes and the work of a training step and of sampling, before anything runs.
 ///
-/// The figures are those of the very plans that would run; no memory is taken for them. A batch is one
+/// The figures are those of the very plans that would run; no memory is taken for them. On a CPU, working
+/// space inside an op, and bf16 operands while they are decoded, come on top. A batch is one
 /// micro-batch of packed rows; FLOPs count every position of it as used.
 #[derive(Args, Debug)]
 #[command(after_help = "\
