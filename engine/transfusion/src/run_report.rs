@@ -62,15 +62,14 @@ pub(crate) fn page(
     page.heading("Losses");
     curve(&mut page, "Text", "nats per token", "loss/text", "val/text");
     curve(&mut page, "Images", "mean squared error", "loss/image", "val/image");
-    let by_level: Vec<Option<f64>> = (0..10).map(|i| last(&format!("val/image/t{i}"))).collect();
-    if by_level.iter().any(Option::is_some) {
+    let levels = |name: &str| (0..10).map(|i| last(&format!("{name}/image/t{i}"))).collect::<Vec<_>>();
+    let linear = levels("linear");
+    let series = match linear.iter().any(Option::is_some) {
+        true => vec![("model".into(), levels("final")), ("best linear denoiser".into(), linear)],
+        false => vec![("model".into(), levels("val"))],
+    };
+    if series[0].1.iter().any(Option::is_some) {
         let groups: Vec<String> = (0..10).map(|i| format!("{}-{}", i * 100, (i + 1) * 100)).collect();
-        let levels = |name: &str| (0..10).map(|i| last(&format!("{name}/image/t{i}"))).collect::<Vec<_>>();
-        let linear = levels("linear");
-        let series = match linear.iter().any(Option::is_some) {
-            true => vec![("model".into(), levels("final")), ("best linear denoiser".into(), linear)],
-            false => vec![("model".into(), by_level)],
-        };
         let heights =
             |(name, v): (String, Vec<Option<f64>>)| (name, v.iter().map(|v| v.unwrap_or(0.0)).collect());
         let series: Vec<(String, Vec<f64>)> = series.into_iter().map(heights).collect();
