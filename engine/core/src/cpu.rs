@@ -1,4 +1,5 @@
-//! What ops compute with on the CPU: a real number type, chunks for threads, vector instructions chosen at run time, and matrix products.
+//! What ops compute with on the CPU: a real number type, chunks for threads, vector instructions chosen at
+//! run time, and matrix products.
 //!
 //! Every sum is taken in an order fixed by the shapes alone, so results have the same bits with any
 //! number of threads. Work may be cut by the number of threads only where no sum crosses the cut.

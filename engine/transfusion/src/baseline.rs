@@ -18,7 +18,7 @@ const PICTURES: u64 = 4096;
 const VALUES: usize = 1 << 28;
 /// Most rounds of conjugate gradients.
 const ROUNDS: usize = 3000;
-/// Residual at which they end, relative to where they began: its square is what the error is off by.
+/// Residual at which they end, relative to where they began.
 const ENOUGH: f32 = 1e-3;
 
 /// Fitted to pictures `x_1..x_N` of mean `m` and covariance `S`:

@@ -286,6 +286,8 @@ pub enum RunEvent {
         /// What it found.
         evaluation: Evaluation,
     },
+    /// The finished model is about to be compared with the best linear denoiser.
+    Comparing,
     /// The errors of the finished model and of the best linear denoiser at ten noise levels, on the same
     /// pictures.
     Comparison(Box<Comparison>),
@@ -566,6 +568,7 @@ impl Run {
         }
         let values = image.channels * image.size * image.size;
         let Some(linear) = LinearDenoiser::fit(self.training.as_ref(), values) else { return Ok(()) };
+        observe(RunEvent::Comparing);
         let limit = self.config.output.validate_documents;
         let documents = 0..source.len().unwrap_or(limit).min(limit);
         let capacity = self.trainer.capacity();

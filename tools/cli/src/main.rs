@@ -35,7 +35,7 @@ its step with a checkpoint, from which `train --resume` goes on; a second one ab
 Examples:
   transfusion demo
   transfusion train --data shapes --out runs/shapes --steps 300
-  transfusion sample runs/shapes --prompt \"a red circle\" --out circle.png
+  transfusion sample runs/shapes --prompt \"a big circle in red\" --out circle.png
   transfusion eval runs/shapes --data shapes --json"
 )]
 struct Cli {

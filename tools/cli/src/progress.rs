@@ -48,6 +48,9 @@ impl Training {
             RunEvent::Start { step, of, parameters } => self.start(*step, *of, *parameters),
             RunEvent::Step(report) => self.step(report),
             RunEvent::Validation { step, evaluation } => self.say(validation(*step, evaluation)),
+            RunEvent::Comparing => {
+                self.say("comparing with the best linear denoiser of the same pictures".into())
+            }
             RunEvent::Comparison(errors) => self.say(comparison(errors)),
             RunEvent::Grid(path) => self.say(format!("samples: {}", path.display())),
             RunEvent::Checkpoint(path) => self.say(format!("checkpoint: {}", path.display())),

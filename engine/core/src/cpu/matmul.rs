@@ -1,6 +1,7 @@
-//! Matrix products in the manner of Goto and van de Geijn (2008): the right factor is packed once into
-//! panels that stay in cache, and tiles of the result are summed in registers. Every element is summed
-//! in an order fixed by the shapes alone: over the inner dimension, in blocks of [`DEPTH`].
+//! Matrix products in the manner of Goto and van de Geijn (2008): every piece of the result packs the
+//! right factor panel by panel, each of which stays in cache while the rows of the piece pass by, and sums
+//! tiles of the result in registers. Every element is summed in an order fixed by the shapes alone: over
+//! the inner dimension, in blocks of [`DEPTH`].
 use super::{Cpu, Real, axpy, dot, simd, transpose};
 use crate::tensor::DType;
 use rayon::prelude::*;
@@ -42,7 +43,7 @@ impl<'a, T> Mat<'a, T> {
         Mat { data: &self.data[(at * self.row_stride).min(self.data.len())..], rows: n, ..self }
     }
 
-    /// `N` neighbours of row `i` from column `j` on; only where rows are contiguous.
+    /// `n` neighbours in row `i` from column `j` on; only where rows are contiguous.
     #[inline(always)]
     fn run(&self, i: usize, j: usize, n: usize) -> &'a [T] {
         &self.data[i * self.row_stride + j..][..n]
@@ -298,6 +299,7 @@ fn add_product<T: Real, S: pulp::Simd, const N: usize>(
     }
 }
 
+/// Writes or adds one row of a tile, of which the last panel has fewer columns.
 #[inline(always)]
 fn store<T: Real, S: pulp::Simd, const N: usize>(
     simd: S,

@@ -76,28 +76,67 @@ pub trait Real:
     fn write<'a>(operand: &'a mut Out<'_>) -> &'a mut [Self];
 }
 
-impl Real for f32 {
-    const DTYPE: DType = DType::F32;
-    const ZERO: f32 = 0.0;
-    const ONE: f32 = 1.0;
-    const NEG_INFINITY: f32 = f32::NEG_INFINITY;
+/// What the two types have in common.
+macro_rules! shared {
+    ($t:ident, $dtype:ident, $vector:ident, $splat:ident, $mul_add:ident) => {
+        const DTYPE: DType = DType::$dtype;
+        const ZERO: $t = 0.0;
+        const ONE: $t = 1.0;
+        const NEG_INFINITY: $t = $t::NEG_INFINITY;
+        type Vector<S: pulp::Simd> = S::$vector;
 
-    #[inline(always)]
-    fn of(x: f64) -> f32 {
-        x as f32
-    }
-    #[inline(always)]
-    fn f64(self) -> f64 {
-        f64::from(self)
-    }
-    #[inline(always)]
-    fn mul_add(self, a: f32, b: f32) -> f32 {
-        f32::mul_add(self, a, b)
-    }
-    #[inline(always)]
-    fn sqrt(self) -> f32 {
-        f32::sqrt(self)
-    }
+        #[inline(always)]
+        fn of(x: f64) -> $t {
+            x as $t
+        }
+        #[inline(always)]
+        fn f64(self) -> f64 {
+            self as f64
+        }
+        #[inline(always)]
+        fn mul_add(self, a: $t, b: $t) -> $t {
+            $t::mul_add(self, a, b)
+        }
+        #[inline(always)]
+        fn sqrt(self) -> $t {
+            $t::sqrt(self)
+        }
+        #[inline(always)]
+        fn ln(self) -> $t {
+            $t::ln(self)
+        }
+        #[inline(always)]
+        fn sin(self) -> $t {
+            $t::sin(self)
+        }
+        #[inline(always)]
+        fn cos(self) -> $t {
+            $t::cos(self)
+        }
+        #[inline(always)]
+        fn is_finite(self) -> bool {
+            $t::is_finite(self)
+        }
+        #[inline(always)]
+        fn splat<S: pulp::Simd>(simd: S, x: $t) -> S::$vector {
+            simd.$splat(x)
+        }
+        #[inline(always)]
+        fn fma<S: pulp::Simd>(simd: S, a: S::$vector, b: S::$vector, c: S::$vector) -> S::$vector {
+            simd.$mul_add(a, b, c)
+        }
+        fn read<'a>(operand: &In<'a>) -> &'a [$t] {
+            if let View::$dtype(v) = operand.data { v } else { &[] }
+        }
+        fn write<'a>(operand: &'a mut Out<'_>) -> &'a mut [$t] {
+            if let ViewMut::$dtype(v) = &mut operand.data { v } else { &mut [] }
+        }
+    };
+}
+
+impl Real for f32 {
+    shared!(f32, F32, f32s, splat_f32s, mul_add_f32s);
+
     #[inline(always)]
     fn exp(self) -> f32 {
         // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial; 2^n through the exponent.
@@ -113,95 +152,14 @@ impl Real for f32 {
         let y = if self < -87.0 { 0.0 } else { y };
         if self > 88.0 { f32::INFINITY } else { y }
     }
-    #[inline(always)]
-    fn ln(self) -> f32 {
-        f32::ln(self)
-    }
-    #[inline(always)]
-    fn sin(self) -> f32 {
-        f32::sin(self)
-    }
-    #[inline(always)]
-    fn cos(self) -> f32 {
-        f32::cos(self)
-    }
-    #[inline(always)]
-    fn is_finite(self) -> bool {
-        f32::is_finite(self)
-    }
-    type Vector<S: pulp::Simd> = S::f32s;
-    #[inline(always)]
-    fn splat<S: pulp::Simd>(simd: S, x: f32) -> S::f32s {
-        simd.splat_f32s(x)
-    }
-    #[inline(always)]
-    fn fma<S: pulp::Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-        simd.mul_add_f32s(a, b, c)
-    }
-    fn read<'a>(operand: &In<'a>) -> &'a [f32] {
-        if let View::F32(v) = operand.data { v } else { &[] }
-    }
-    fn write<'a>(operand: &'a mut Out<'_>) -> &'a mut [f32] {
-        if let ViewMut::F32(v) = &mut operand.data { v } else { &mut [] }
-    }
 }
 
 impl Real for f64 {
-    const DTYPE: DType = DType::F64;
-    const ZERO: f64 = 0.0;
-    const ONE: f64 = 1.0;
-    const NEG_INFINITY: f64 = f64::NEG_INFINITY;
+    shared!(f64, F64, f64s, splat_f64s, mul_add_f64s);
 
-    #[inline(always)]
-    fn of(x: f64) -> f64 {
-        x
-    }
-    #[inline(always)]
-    fn f64(self) -> f64 {
-        self
-    }
-    #[inline(always)]
-    fn mul_add(self, a: f64, b: f64) -> f64 {
-        f64::mul_add(self, a, b)
-    }
-    #[inline(always)]
-    fn sqrt(self) -> f64 {
-        f64::sqrt(self)
-    }
     #[inline(always)]
     fn exp(self) -> f64 {
         f64::exp(self)
-    }
-    #[inline(always)]
-    fn ln(self) -> f64 {
-        f64::ln(self)
-    }
-    #[inline(always)]
-    fn sin(self) -> f64 {
-        f64::sin(self)
-    }
-    #[inline(always)]
-    fn cos(self) -> f64 {
-        f64::cos(self)
-    }
-    #[inline(always)]
-    fn is_finite(self) -> bool {
-        f64::is_finite(self)
-    }
-    type Vector<S: pulp::Simd> = S::f64s;
-    #[inline(always)]
-    fn splat<S: pulp::Simd>(simd: S, x: f64) -> S::f64s {
-        simd.splat_f64s(x)
-    }
-    #[inline(always)]
-    fn fma<S: pulp::Simd>(simd: S, a: S::f64s, b: S::f64s, c: S::f64s) -> S::f64s {
-        simd.mul_add_f64s(a, b, c)
-    }
-    fn read<'a>(operand: &In<'a>) -> &'a [f64] {
-        if let View::F64(v) = operand.data { v } else { &[] }
-    }
-    fn write<'a>(operand: &'a mut Out<'_>) -> &'a mut [f64] {
-        if let ViewMut::F64(v) = &mut operand.data { v } else { &mut [] }
     }
 }
 

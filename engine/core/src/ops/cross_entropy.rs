@@ -158,20 +158,20 @@ impl Op for CrossEntropyBwd {
             let n = targets.iter().rposition(|&t| used(t, v).is_some()).map_or(0, |last| last + 1);
             dh[n * c..].fill(T::ZERO);
             let (rows, w) = (window(v), Mat::new(w, v, c));
-                for (i, dh) in dh[..n * c].chunks_mut(rows * c).enumerate() {
-                    let (n, at) = (dh.len() / c, i * rows);
-                    let (h, lse, targets) = (&h[at * c..][..n * c], &lse[at..][..n], &targets[at..][..n]);
-                    cpu.scratch(n * v, |dz: &mut [T]| {
-                        let tasks = dz.par_chunks_mut(TASK * v).zip(dh.par_chunks_mut(TASK * c));
-                        tasks.enumerate().for_each(|(j, (dz, dh))| {
-                            let (m, at) = (dh.len() / c, j * TASK);
-                            matmul_rows(dz, Mat::new(&h[at * c..], m, c), w.t(), false, cpu);
-                            simd!(logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
-                            matmul_rows(dh, Mat::new(dz, m, v), w, false, cpu);
-                        });
-                        matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true, cpu);
+            for (i, dh) in dh[..n * c].chunks_mut(rows * c).enumerate() {
+                let (n, at) = (dh.len() / c, i * rows);
+                let (h, lse, targets) = (&h[at * c..][..n * c], &lse[at..][..n], &targets[at..][..n]);
+                cpu.scratch(n * v, |dz: &mut [T]| {
+                    let tasks = dz.par_chunks_mut(TASK * v).zip(dh.par_chunks_mut(TASK * c));
+                    tasks.enumerate().for_each(|(j, (dz, dh))| {
+                        let (m, at) = (dh.len() / c, j * TASK);
+                        matmul_rows(dz, Mat::new(&h[at * c..], m, c), w.t(), false, cpu);
+                        simd!(logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
+                        matmul_rows(dh, Mat::new(dz, m, v), w, false, cpu);
                     });
-                }
+                    matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true, cpu);
+                });
+            }
         });
     }
 

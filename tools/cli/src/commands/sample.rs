@@ -29,7 +29,7 @@ use transfusion::{
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  transfusion sample runs/shapes --prompt \"a red circle\" --out circle.png
+  transfusion sample runs/shapes --prompt \"a big circle in red\" --out circle.png
   transfusion sample runs/shapes --prompt \"a small square in blue\" --num 16 --cfg 5 --out grid.png
   transfusion sample runs/shapes --image photo.jpg --temperature 0 --out caption.txt
   transfusion sample runs/shapes --to any --num 4 --out documents/
