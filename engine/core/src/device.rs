@@ -1,5 +1,6 @@
 //! The seam between a plan and a machine: a device sees places, launches and evals, nothing else.
 mod cpu;
+pub mod ledger;
 
 pub use cpu::{CpuDevice, CpuOptions};
 

@@ -71,6 +71,8 @@ pub enum Error {
     Memory {
         /// Bytes wanted.
         need: u64,
+        /// Bytes that are free, where the device knows.
+        free: Option<u64>,
         /// What they are for.
         what: String,
     },
@@ -106,8 +108,10 @@ impl fmt::Display for Error {
             Error::StateClash { kind, name, have, want } => {
                 write!(f, "{kind:?} state {name} is {have:?} on the device, the plan wants {want:?}")
             }
-            Error::Memory { need, what } => {
-                write!(f, "not enough memory: {what} needs {:.2} GiB", *need as f64 / (1u64 << 30) as f64)
+            Error::Memory { need, free, what } => {
+                let gib = |n: u64| n as f64 / (1u64 << 30) as f64;
+                write!(f, "not enough memory: {what} needs {:.2} GiB", gib(*need))?;
+                free.map_or(Ok(()), |free| write!(f, ", {:.2} GiB are free", gib(free)))
             }
             Error::File { path, why } => write!(f, "{}: {why}", path.display()),
         }
