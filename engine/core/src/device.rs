@@ -1,11 +1,15 @@
 //! The seam between a plan and a machine: a device sees places, launches and evals, nothing else.
 mod cpu;
+pub mod cuda;
 pub mod ledger;
+pub mod resolve;
 
 pub use cpu::{CpuDevice, CpuOptions};
+pub use cuda::{CudaDevice, CudaOptions};
 
 use crate::{
     error::Result,
+    launch::Target,
     op::Kind,
     plan::Plan,
     tensor::{Host, View, ViewMut},
@@ -23,12 +27,17 @@ pub enum Place<'a> {
     State(Kind, &'a str),
     /// An input of a plan.
     Input(PlanId, &'a str),
-    /// An output of a plan: valid from its run until the next run of any plan.
+    /// An output of a plan: valid from its run until any plan runs or is opened.
     Output(PlanId, &'a str),
 }
 
 /// A machine that replays plans.
 pub trait Device: Send {
+    /// What its plans are lowered for; `None` where the ops' own `eval` runs.
+    fn target(&self) -> Option<Target> {
+        None
+    }
+
     /// Makes room for a plan: its inputs, the states it names (once; zero until written), and the
     /// scratch arena, which all plans share.
     ///
