@@ -1,0 +1,1 @@
+//! placeholder while the scanner is written
