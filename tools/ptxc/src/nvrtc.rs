@@ -12,6 +12,7 @@ use crate::{
 };
 use libloading::{Library, Symbol};
 use std::{
+    error::Error as _,
     ffi::{CStr, CString, OsStr, c_char, c_int, c_void},
     fs,
     path::{Path, PathBuf},
@@ -89,7 +90,7 @@ impl Nvrtc {
     }
 
     fn load(path: &Path) -> Result<Nvrtc> {
-        let why = |e: libloading::Error| Error::Library { path: path.into(), why: e.to_string() };
+        let why = |e| Error::Library { path: path.into(), why: reason(e) };
         let builtins = builtins(path).map(load_library).transpose().map_err(why)?;
         let library = load_library(path.into()).map_err(why)?;
         let mut nvrtc = Nvrtc { library, _builtins: builtins, version: (0, 0) };
@@ -184,7 +185,7 @@ impl Nvrtc {
     fn symbol<T>(&self, name: &'static CStr) -> Result<Symbol<'_, T>> {
         // SAFETY: callers ask for the signature that nvrtc.h declares under this name.
         unsafe { self.library.get(name.to_bytes_with_nul()) }
-            .map_err(|e| Error::Nvrtc { call: "looking up a function", why: e.to_string() })
+            .map_err(|e| Error::Nvrtc { call: "looking up a function", why: reason(e) })
     }
 
     fn check(&self, call: &'static str, status: c_int) -> Result<()> {
@@ -226,6 +227,11 @@ fn builtins(path: &Path) -> Option<PathBuf> {
 fn load_library(path: PathBuf) -> Result<Library, libloading::Error> {
     // SAFETY: runs the constructors of the library that the user chose or that the pinned hash vouches for.
     unsafe { Library::new(path) }
+}
+
+/// What the loader said; the error itself names only the call.
+fn reason(e: libloading::Error) -> String {
+    e.source().map_or(e.to_string(), |cause| cause.to_string())
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {

@@ -47,7 +47,7 @@ pub const PTXAS: Wheel = Wheel {
 pub const NVDISASM: Wheel = Wheel {
     package: "nvidia-cuda-nvdisasm",
     version: "13.2.86",
-    file: "nvidia_cuda_nvdisasm-13.2.86-py3-none-manylinux_2_28_x86_64.whl",
+    file: "nvidia_cuda_nvdisasm-13.2.86-py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
     sha256: "53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c",
 };
 
@@ -110,13 +110,10 @@ impl Cache {
             "--require-hashes",
             "--only-binary=:all:",
         ])
-        .args(["--disable-pip-version-check", "--no-input", "--dest"])
+        .args(["--disable-pip-version-check", "--no-input", "--platform", "manylinux2014_x86_64", "--dest"])
         .arg(work)
         .arg("--requirement")
         .arg(&list);
-        for platform in ["manylinux2014_x86_64", "manylinux_2_28_x86_64"] {
-            pip.args(["--platform", platform]);
-        }
         self.run(pip, |why| match why.contains("No module named") {
             true => Error::Python { why },
             false => Error::Download { wheel: wheel.file.into(), at: self.dir.join(wheel.file), why },
