@@ -180,6 +180,11 @@ pub enum NoDevice {
 }
 
 impl NoDevice {
+    /// Whether there simply is no GPU, and nothing is amiss.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, NoDevice::NoLibrary | NoDevice::NoGpu)
+    }
+
     /// What the user can do about it.
     pub fn remedy(&self) -> String {
         match self {
@@ -195,7 +200,9 @@ impl NoDevice {
             NoDevice::NoStart { .. } => {
                 "see whether `nvidia-smi` works; after an update of the driver, restart the machine"
             }
-            NoDevice::NoGpu => "see whether `nvidia-smi` lists a GPU and CUDA_VISIBLE_DEVICES does not hide it",
+            NoDevice::NoGpu => {
+                "see whether `nvidia-smi` lists a GPU and CUDA_VISIBLE_DEVICES does not hide it"
+            }
             NoDevice::Ordinal { .. } => "GPUs are counted from 0, as in cuda:0",
             NoDevice::Capability { .. } => "a GPU of compute capability 8.0 (Ampere) or newer is needed",
             NoDevice::DriverTooOld { need: (major, minor), .. } => {
@@ -250,11 +257,15 @@ impl fmt::Display for Error {
                 free.map_or(Ok(()), |free| write!(f, ", {:.2} GiB are free", gib(free)))
             }
             Error::NoDevice(why) => why.fmt(f),
-            Error::Launch { op, at, entry, why } => write!(f, "{at}: {op}: {entry} cannot be launched: {why}"),
+            Error::Launch { op, at, entry, why } => {
+                write!(f, "{at}: {op}: {entry} cannot be launched: {why}")
+            }
             Error::Compile { entry, module, code, log } => {
                 write!(f, "the driver cannot compile {entry} of {module}: {code}\n{}", log.trim_end())
             }
-            Error::Driver { call, code, name } => write!(f, "the CUDA driver refused {call}: {name} ({code})"),
+            Error::Driver { call, code, name } => {
+                write!(f, "the CUDA driver refused {call}: {name} ({code})")
+            }
             Error::Lost { code, during } => {
                 write!(f, "the GPU faulted ({code}) during {during}; it cannot be used again in this process")
             }

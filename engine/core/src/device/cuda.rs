@@ -21,12 +21,7 @@ use crate::{
     tensor::{Host, View, ViewMut},
 };
 use driver::{Buffer, Context, Driver, Event, Failure, Function, Graph, Module, Shape, Staging, Stream};
-use std::{
-    collections::{HashMap, HashSet},
-    fmt,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 /// Bytes of page-locked memory for copies from and to the host.
 const STAGING: usize = 16 << 20;
@@ -221,7 +216,7 @@ impl CudaDevice {
         let mut places = Addresses { ledger: &self.ledger, id, context: &self.context };
         for command in resolve::commands(step, &self.target, &self.library, &mut places)? {
             let queued = match &command {
-                Command::Kernel(call) => self.launch(call),
+                Command::Kernel(call) => self.launch(self.loaded(call)?, call),
                 Command::Fill { what, byte } => self.stream.fill(what.address, *byte, what.bytes as usize),
                 Command::Copy { from, to } => self.stream.copy(from.address, to.address, to.bytes as usize),
             };
@@ -230,16 +225,21 @@ impl CudaDevice {
                 Command::Fill { .. } => "a fill",
                 Command::Copy { .. } => "a copy",
             };
-            queued.map_err(|f| if f.is_lasting() { Stop::Driver(f) } else { refused(step, entry, &f).into() })?;
+            queued.map_err(
+                |f| if f.is_lasting() { Stop::Driver(f) } else { refused(step, entry, &f).into() },
+            )?;
         }
         Ok(())
     }
 
-    fn launch(&self, call: &Call<'_>) -> Result<(), Failure> {
-        let entry = &call.kernel.entry;
-        let Some(kernel) = self.kernels.get(&entry.name) else { return Ok(()) };
+    fn loaded(&self, call: &Call<'_>) -> Result<&Loaded> {
+        let name = &call.kernel.entry.name;
+        self.kernels.get(name).ok_or_else(|| Error::Device(format!("kernel {name} is not loaded")))
+    }
+
+    fn launch(&self, kernel: &Loaded, call: &Call<'_>) -> Result<(), Failure> {
         let shape = Shape { grid: call.grid, block: call.block, cluster: call.cluster, shared: call.shared };
-        let offsets: Vec<u32> = entry.params.iter().map(|p| p.offset).collect();
+        let offsets: Vec<u32> = call.kernel.entry.params.iter().map(|p| p.offset).collect();
         self.stream.launch(&kernel.function, &shape, &mut call.params.clone(), &offsets)
     }
 
@@ -431,7 +431,8 @@ fn target(gpu: &Gpu, arch: &'static str) -> Target {
 
 /// Which kernels a GPU runs under a driver of this CUDA version, and what to tell if there are better.
 fn architecture(gpu: &Gpu, version: (u32, u32)) -> Result<(&'static str, Option<String>), NoDevice> {
-    let needs = |arch| shipped_version(arch).map_or((11, 0), cuda_for);
+    let shipped = shipped();
+    let needs = |arch| shipped.iter().find(|s| s.arch == arch).map_or((11, 0), |s| cuda_for(s.ptx));
     if gpu.capability < (8, 0) {
         return Err(NoDevice::Capability { name: gpu.name.clone(), have: gpu.capability });
     }
@@ -451,12 +452,6 @@ fn architecture(gpu: &Gpu, version: (u32, u32)) -> Result<(&'static str, Option<
         None
     };
     Ok(("sm_80", notice))
-}
-
-/// The highest PTX version among the shipped kernels of an architecture.
-fn shipped_version(arch: &str) -> Option<(u32, u32)> {
-    let modules = transfusion_ptx::modules().iter().filter(|m| m.arch == arch && !m.is_ladder());
-    modules.filter_map(|m| resolve::version(&m.text)).max()
 }
 
 /// The CUDA version whose drivers first read a PTX version.
@@ -481,6 +476,31 @@ pub fn ptx_for(cuda: (u32, u32)) -> (u32, u32) {
         (13, minor) => (9, minor),
         (major, minor) => (major - 4, minor),
     }
+}
+
+/// The shipped kernels of an architecture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shipped {
+    /// The architecture.
+    pub arch: String,
+    /// How many entry points.
+    pub kernels: usize,
+    /// The highest version of their PTX.
+    pub ptx: (u32, u32),
+}
+
+/// The shipped kernels by architecture.
+pub fn shipped() -> Vec<Shipped> {
+    let mut all: Vec<Shipped> = Vec::new();
+    for m in transfusion_ptx::modules().iter().filter(|m| !m.is_ladder()) {
+        let kernels = m.entries().map_or(0, |entries| entries.len());
+        let ptx = resolve::version(&m.text).unwrap_or_default();
+        match all.iter_mut().find(|s| s.arch == m.arch) {
+            Some(s) => (s.kernels, s.ptx) = (s.kernels + kernels, s.ptx.max(ptx)),
+            None => all.push(Shipped { arch: m.arch.to_string(), kernels, ptx }),
+        }
+    }
+    all
 }
 
 /// What there is of CUDA on this machine, for `transfusion doctor`.

@@ -297,7 +297,8 @@ impl<'a> Resolver<'a, '_> {
         for (i, (arg, param)) in args.iter().zip(&entry.params).enumerate() {
             let bytes = self.argument(arg, &mut |located| operands.push((i, located)))?;
             if param.kind != kind(arg) || param.size as usize != bytes.len() || !aligned(arg, param) {
-                let declared = format!("{:?} of {} bytes, aligned to {}", param.kind, param.size, param.align);
+                let declared =
+                    format!("{:?} of {} bytes, aligned to {}", param.kind, param.size, param.align);
                 Err(format!("argument {i} is {arg:?}, declared is {declared}"))?;
             }
             let at = param.offset as usize;
@@ -322,7 +323,8 @@ impl<'a> Resolver<'a, '_> {
             }
             Arg::Map(operand, geometry) => {
                 let located = self.locate(*operand)?;
-                geometry_fits(geometry, &located).map_err(|why| format!("tensor map of {operand:?}: {why}"))?;
+                geometry_fits(geometry, &located)
+                    .map_err(|why| format!("tensor map of {operand:?}: {why}"))?;
                 found(located);
                 self.places.tensor_map(located.address, geometry)?.into()
             }

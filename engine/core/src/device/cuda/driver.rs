@@ -152,14 +152,15 @@ pub(super) fn has_nvrtc() -> bool {
 pub(super) fn library() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let path = |line: &str| Some(PathBuf::from(line.get(line.find('/')?..)?));
-    let is_driver = |p: &PathBuf| p.file_name().is_some_and(|f| f.to_string_lossy().starts_with("libcuda.so"));
+    let is_driver =
+        |p: &PathBuf| p.file_name().is_some_and(|f| f.to_string_lossy().starts_with("libcuda.so"));
     maps.lines().filter_map(path).find(is_driver)
 }
 
 /// Calls a function of the driver; an error holds its name.
 macro_rules! call {
     ($driver:expr, $name:ident($($argument:expr),* $(,)?)) => {{
-        let driver: &Driver = &$driver;
+        let driver: &Driver = $driver;
         match driver.api.$name {
             // SAFETY: see the top of the file.
             #[allow(clippy::macro_metavars_in_unsafe)]
@@ -245,7 +246,7 @@ impl Driver {
         if driver.api.cuInit.is_none() {
             return Err(NoDevice::NoFunction { name: "cuInit", since: (2, 0) });
         }
-        match call!(driver, cuInit(0)) {
+        match call!(&driver, cuInit(0)) {
             Ok(()) => driver.api.missing().map_or(Ok(Arc::new(driver)), Err),
             Err(f) => Err(match f.code {
                 STUB_LIBRARY => NoDevice::Stub,
@@ -338,13 +339,13 @@ impl Context {
     pub(super) fn new(driver: Arc<Driver>, ordinal: usize) -> Answer<Arc<Context>> {
         let device = driver.device(ordinal)?;
         let mut raw = null_mut();
-        call!(driver, cuDevicePrimaryCtxRetain(&mut raw, device))?;
+        call!(&driver, cuDevicePrimaryCtxRetain(&mut raw, device))?;
         Ok(Arc::new(Context { driver, device, raw }))
     }
 
     /// The driver, with this context bound to the thread.
     fn bound(&self) -> Answer<&Driver> {
-        call!(self.driver, cuCtxSetCurrent(self.raw))?;
+        call!(&self.driver, cuCtxSetCurrent(self.raw))?;
         Ok(&self.driver)
     }
 
@@ -406,7 +407,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        let _ = call!(self.driver, cuDevicePrimaryCtxRelease_v2(self.device));
+        let _ = call!(&self.driver, cuDevicePrimaryCtxRelease_v2(self.device));
     }
 }
 
@@ -438,7 +439,9 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.at != 0 && let Ok(driver) = self.context.bound() {
+        if self.at != 0
+            && let Ok(driver) = self.context.bound()
+        {
             let _ = call!(driver, cuMemFree_v2(self.at));
         }
     }
@@ -459,11 +462,6 @@ impl Stream {
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as c_uint;
         call!(context.bound()?, cuStreamCreate(&mut raw, flags))?;
         Ok(Stream { context, raw })
-    }
-
-    /// Its context.
-    pub(super) fn context(&self) -> &Arc<Context> {
-        &self.context
     }
 
     /// Sets bytes of the GPU.
@@ -490,7 +488,10 @@ impl Stream {
         let ([gx, gy, gz], [bx, by, bz], shared) = (shape.grid, shape.block, shape.shared);
         if shape.cluster == [1, 1, 1] {
             let (list, none) = (pointers.as_mut_ptr(), null_mut());
-            return call!(driver, cuLaunchKernel(f.raw, gx, gy, gz, bx, by, bz, shared, self.raw, list, none));
+            return call!(
+                driver,
+                cuLaunchKernel(f.raw, gx, gy, gz, bx, by, bz, shared, self.raw, list, none)
+            );
         }
         let [x, y, z] = shape.cluster;
         let mut attribute = sys::CUlaunchAttribute_st {
@@ -516,10 +517,7 @@ impl Stream {
     }
 
     /// Records what `work` queues as a graph, instead of running it.
-    pub(super) fn capture<E: From<Failure>>(
-        &self,
-        work: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Graph, E> {
+    pub(super) fn capture<E: From<Failure>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         let driver = self.context.bound()?;
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         call!(driver, cuStreamBeginCapture_v2(self.raw, mode))?;
@@ -604,7 +602,7 @@ impl Event {
 
     /// The time since another; both have passed.
     pub(super) fn since(&self, start: &Event) -> Answer<Duration> {
-        let mut milliseconds = 0.0;
+        let mut milliseconds: f32 = 0.0;
         call!(self.context.bound()?, cuEventElapsedTime(&mut milliseconds, start.raw, self.raw))?;
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
@@ -656,13 +654,7 @@ impl Module {
         let mut raw = null_mut();
         let loaded = call!(
             driver,
-            cuModuleLoadDataEx(
-                &mut raw,
-                text.as_ptr().cast(),
-                4,
-                options.as_mut_ptr(),
-                values.as_mut_ptr()
-            )
+            cuModuleLoadDataEx(&mut raw, text.as_ptr().cast(), 4, options.as_mut_ptr(), values.as_mut_ptr())
         );
         match loaded {
             Ok(()) => Ok(Module { context: context.clone(), raw }),
