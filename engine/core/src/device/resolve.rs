@@ -417,3 +417,233 @@ fn geometry_fits(g: &Geometry, operand: &Located) -> Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        op::Op,
+        plan::Segment,
+        tensor::{DType, In, Out, Spec},
+    };
+    use std::{panic::Location, sync::Arc};
+
+    const PTX: &str = "
+.version 7.0
+.target sm_80
+.address_size 64
+.visible .entry scale_f32(
+	.param .u64 scale_f32_param_0,
+	.param .u64 scale_f32_param_1,
+	.param .u32 scale_f32_param_2,
+	.param .u64 scale_f32_param_3,
+	.param .f32 scale_f32_param_4
+)
+.maxntid 256, 1, 1
+{
+	.shared .align 4 .b8 sums[1024];
+	ret;
+}
+.visible .entry tiles_bf16(
+	.param .u32 tiles_bf16_param_0,
+	.param .align 64 .b8 tiles_bf16_param_1[128]
+)
+.maxntid 128, 1, 1
+{
+	ret;
+}
+";
+
+    #[derive(Debug)]
+    struct Scale;
+
+    impl Op for Scale {
+        fn name(&self) -> &'static str {
+            "scale"
+        }
+        fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+            Ok(ins.to_vec())
+        }
+        fn eval(&self, _: &[In<'_>], _: &mut [Out<'_>], _: &crate::cpu::Cpu) {}
+    }
+
+    /// A step on `x [8, 64]` with an output of its size and 32 bytes of scratch.
+    fn step(launches: Vec<Launch>) -> Step {
+        let spec = Spec::new([8, 64], DType::F32);
+        let slot = |spec, segment, offset| Slot { spec, segment, offset };
+        Step {
+            op: Arc::new(Scale),
+            at: Location::caller(),
+            ins: vec![slot(spec, Segment::Input, 256)],
+            outs: vec![slot(spec, Segment::Scratch, 0)],
+            scratch: vec![slot(Spec::new([32], DType::U8), Segment::Scratch, 4096)],
+            launches,
+            cost: Default::default(),
+        }
+    }
+
+    struct Flat;
+
+    impl Places for Flat {
+        fn address(&mut self, _: Operand, slot: &Slot) -> Result<u64> {
+            let base = if slot.segment == Segment::Input { 0x1000_0000 } else { 0x2000_0000 };
+            Ok(base + slot.offset as u64)
+        }
+        fn tensor_map(&mut self, address: u64, _: &Geometry) -> Result<[u8; TENSOR_MAP]> {
+            let mut map = [0xee; TENSOR_MAP];
+            map[..8].copy_from_slice(&address.to_le_bytes());
+            Ok(map)
+        }
+    }
+
+    fn library(target: &Target) -> Library {
+        Library::new(target.arch, vec![Module::new("sm_80", "scale", PTX)]).unwrap()
+    }
+
+    /// A launch that is in order.
+    fn scale() -> Launch {
+        let args = vec![
+            Arg::Address(Operand::Out(0), 16),
+            Arg::Address(Operand::In(0), 0),
+            Arg::U32(7),
+            Arg::U64(9),
+            Arg::F32(1.5),
+        ];
+        Launch::Kernel {
+            entry: "scale_f32".into(),
+            grid: [4, 1, 1],
+            block: [256, 1, 1],
+            cluster: [1, 1, 1],
+            shared: 0,
+            args,
+        }
+    }
+
+    fn geometry() -> Geometry {
+        Geometry { element: 2, extents: vec![64, 8], strides: vec![128], tile: vec![64, 8], swizzle: 128 }
+    }
+
+    fn tiles(geometry: Geometry) -> Launch {
+        Launch::Kernel {
+            entry: "tiles_bf16".into(),
+            grid: [4, 1, 1],
+            block: [128, 1, 1],
+            cluster: [1, 1, 1],
+            shared: 1024,
+            args: vec![Arg::U32(3), Arg::Map(Operand::In(0), geometry)],
+        }
+    }
+
+    /// What a launch is refused for.
+    fn refused(launch: Launch, words: &str) {
+        let (target, library) = (Target::A100, library(&Target::A100));
+        let e = commands(&step(vec![launch]), &target, &library, &mut Flat).unwrap_err();
+        assert!(matches!(&e, Error::Launch { op: "scale", .. }), "{e:?}");
+        assert!(e.to_string().contains(words), "no {words:?} in {e}");
+    }
+
+    fn changed(change: impl Fn(&mut [u32; 3], &mut [u32; 3], &mut u32, &mut Vec<Arg>)) -> Launch {
+        let mut launch = scale();
+        if let Launch::Kernel { grid, block, shared, args, .. } = &mut launch {
+            change(grid, block, shared, args);
+        }
+        launch
+    }
+
+    #[test]
+    fn arguments_are_packed_as_declared() {
+        let library = library(&Target::A100);
+        let step = step(vec![scale(), tiles(geometry())]);
+        let found = commands(&step, &Target::A100, &library, &mut Flat).unwrap();
+        let [Command::Kernel(scale), Command::Kernel(tiles)] = &found[..] else { panic!("{found:?}") };
+        let mut want = Vec::new();
+        want.extend(0x2000_0010u64.to_le_bytes());
+        want.extend(0x1000_0100u64.to_le_bytes());
+        want.extend([7, 0, 0, 0, 0, 0, 0, 0]);
+        want.extend(9u64.to_le_bytes());
+        want.extend(1.5f32.to_le_bytes());
+        assert_eq!(scale.params, want);
+        let located = |operand, address| Located { operand, address, bytes: 2048 };
+        let operands =
+            vec![(0, located(Operand::Out(0), 0x2000_0000)), (1, located(Operand::In(0), 0x1000_0100))];
+        assert_eq!(scale.operands, operands);
+        assert_eq!((tiles.params.len(), &tiles.params[..4]), (192, &[3, 0, 0, 0][..]));
+        assert_eq!(&tiles.params[64..73], &[0, 1, 0, 0x10, 0, 0, 0, 0, 0xee]);
+    }
+
+    #[test]
+    fn what_does_nothing_is_left_out() {
+        let library = library(&Target::A100);
+        let empty = changed(|grid, ..| grid[1] = 0);
+        let fill = Launch::Fill { what: Operand::Scratch(0), byte: 3 };
+        let step = step(vec![empty, fill]);
+        let found = commands(&step, &Target::A100, &library, &mut Flat).unwrap();
+        let located = Located { operand: Operand::Scratch(0), address: 0x2000_1000, bytes: 32 };
+        assert!(matches!(&found[..], [Command::Fill { what, byte: 3 }] if *what == located), "{found:?}");
+    }
+
+    #[test]
+    fn launches_that_contradict_their_kernels_are_refused() {
+        refused(changed(|.., args| drop(args.pop())), "takes 5 arguments and is given 4");
+        refused(changed(|.., args| args.swap(2, 3)), "argument 2 is U64(9)");
+        refused(changed(|.., args| args[2] = Arg::F32(7.0)), "argument 2 is F32(7.0)");
+        refused(changed(|.., args| args[0] = Arg::Address(Operand::Out(1), 0)), "no operand Out(1)");
+        refused(changed(|.., args| args[0] = Arg::Address(Operand::Out(0), 2049)), "2048 bytes, not 2049");
+        refused(changed(|.., args| args[3] = Arg::Map(Operand::In(0), geometry())), "argument 3 is Map");
+        refused(changed(|_, block, ..| block[1] = 2), "compiled for 256");
+        refused(changed(|_, block, ..| block[2] = 0), "a block of");
+        refused(changed(|grid, ..| grid[1] = 65_536), "a grid of");
+        refused(changed(|_, _, shared, _| *shared = Target::A100.shared), "167936 bytes");
+        refused(
+            Launch::Copy { from: Operand::In(0), to: Operand::Scratch(0) },
+            "2048 bytes cannot be copied over 32",
+        );
+        let mut unknown = scale();
+        if let Launch::Kernel { entry, .. } = &mut unknown {
+            *entry = "scale_f16".into();
+        }
+        refused(unknown, "sm_80 has no kernel of that name");
+        let mut clustered = scale();
+        if let Launch::Kernel { cluster, .. } = &mut clustered {
+            *cluster = [2, 1, 1];
+        }
+        refused(clustered.clone(), "in clusters of [2, 1, 1]");
+        let hopper = library(&Target::H200);
+        commands(&step(vec![clustered]), &Target::H200, &hopper, &mut Flat).unwrap();
+    }
+
+    #[test]
+    fn tensor_maps_that_the_hardware_cannot_do_are_refused() {
+        let broken = |change: &dyn Fn(&mut Geometry), words: &str| {
+            let mut g = geometry();
+            change(&mut g);
+            refused(tiles(g), words);
+        };
+        broken(&|g| g.extents[1] = 17, "reaches 2176 bytes into an operand of 2048");
+        broken(&|g| g.strides[0] = 136, "multiples of 16");
+        broken(&|g| g.tile[0] = 72, "a row of the box has 144 bytes");
+        broken(&|g| g.tile[1] = 512, "box [64, 512]");
+        broken(&|g| g.swizzle = 16, "swizzled by 16");
+        broken(&|g| drop(g.strides.pop()), "a stride fewer");
+    }
+
+    #[test]
+    fn a_step_for_the_cpu_is_refused() {
+        let library = library(&Target::A100);
+        let e = commands(&step(vec![]), &Target::A100, &library, &mut Flat).unwrap_err();
+        assert!(matches!(e, Error::NoKernel { op: "scale", .. }), "{e:?}");
+    }
+
+    #[test]
+    fn own_kernels_stand_in_for_shipped_ones() {
+        let own = PTX.replace("sums[1024]", "sums[2048]");
+        let twice = vec![Module::new("sm_80", "scale", PTX), Module::new("sm_80", "edited", own)];
+        let library = Library::new("sm_80", twice).unwrap();
+        assert_eq!(library.find("scale_f32").unwrap().entry.static_shared, 2048);
+        assert!(library.find("scale_f16").is_none());
+        assert_eq!(version(PTX), Some((7, 0)));
+        assert!(
+            Library::new("sm_80", vec![Module::new("sm_80", "bad", ".visible .entry x( .param")]).is_err()
+        );
+    }
+}
