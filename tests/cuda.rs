@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
     sync::Arc,
 };
 use transfusion_core::{
@@ -17,7 +18,7 @@ use transfusion_core::{
     tensor::{DType, Host, In, Out, Spec, Tensor, View, ViewMut},
 };
 use transfusion_ptx::Module;
-use transfusion_tests::fake_cuda::{driver, enter, inside, no_driver};
+use transfusion_tests::fake_cuda::{driver, enter, inside, install, no_driver, said};
 
 const PTX: &str = "
 .version 7.0
@@ -361,16 +362,15 @@ fn attempt(ordinal: usize) -> Result<Vec<f32>> {
 type Wrong =
     (&'static str, &'static [(&'static str, &'static str)], fn(&Error) -> bool, &'static [&'static str]);
 
-const WRONG: [Wrong; 14] = [
+/// Wrong before a device is open.
+const EARLY: [Wrong; 10] = [
     ("none", &[], |e| matches!(e, Error::NoDevice(NoDevice::NoLibrary)), &["not found"]),
     ("", &[("", "stub")], |e| matches!(e, Error::NoDevice(NoDevice::Stub)), &["stub"]),
     ("", &[("", "no device")], |e| matches!(e, Error::NoDevice(NoDevice::NoGpu)), &["no GPU"]),
     ("", &[("_DEVICES", "0")], |e| matches!(e, Error::NoDevice(NoDevice::NoGpu)), &["no GPU"]),
     ("", &[("", "mismatch")], |e| matches!(e, Error::NoDevice(NoDevice::NoStart { .. })), &["MISMATCH 803"]),
     ("", &[("", "novelty")], |e| matches!(e, Error::NoDevice(NoDevice::NoStart { .. })), &["7777"]),
-    ("", &[("_ASK", "5"), ("_DEVICES", "2")], is_ordinal, &["no CUDA device 5", "there are 2"]),
     ("", &[("_VERSION", "10020")], is_old, &["CUDA 10.2"]),
-    ("", &[("", "old ptx")], is_old, &["CUDA 12.4", "need 11.0"]),
     ("", &[("_CAPABILITY", "7.5")], |e| matches!(e, Error::NoDevice(NoDevice::Capability { .. })), &["7.5"]),
     ("bare", &[], |e| matches!(e, Error::NoDevice(NoDevice::NoFunction { .. })), &["cuDriverGetVersion"]),
     (
@@ -379,12 +379,14 @@ const WRONG: [Wrong; 14] = [
         |e| matches!(e, Error::NoDevice(NoDevice::NoFunction { .. })),
         &["cuGraphInst", "CUDA 11.4"],
     ),
-    ("", &[("_FREE", "1000000")], is_memory, &["a plan needs 0.02 GiB, 0.00 GiB are free"]),
-    ("", &[("", "no memory")], is_memory, &["not enough memory: state needs", "1.00 GiB are free"]),
 ];
 
-/// Wrong only once something runs.
-const LATE: [Wrong; 3] = [
+/// Wrong with a device, a plan or a run.
+const LATE: [Wrong; 7] = [
+    ("", &[("_ASK", "5"), ("_DEVICES", "2")], is_ordinal, &["no CUDA device 5", "there are 2"]),
+    ("", &[("", "old ptx")], is_old, &["CUDA 12.4", "need 11.0"]),
+    ("", &[("_FREE", "1000000")], is_memory, &["a plan needs 0.02 GiB, 0.00 GiB are free"]),
+    ("", &[("", "no memory")], is_memory, &["not enough memory: state needs", "1.00 GiB are free"]),
     (
         "",
         &[("", "jit")],
@@ -419,7 +421,7 @@ fn is_memory(e: &Error) -> bool {
 
 #[test]
 fn whatever_is_wrong_with_a_driver_is_an_error() {
-    let all: Vec<&Wrong> = WRONG.iter().chain(&LATE).collect();
+    let all: Vec<&Wrong> = EARLY.iter().chain(&LATE).collect();
     if inside() {
         enter("", Path::new(""), &[("", "")]);
         let i: usize = std::env::var("FAKE_CUDA_CASE").unwrap().parse().unwrap();
@@ -462,4 +464,46 @@ fn a_profile_names_the_step_that_faults() {
     let e = device.profile(id).unwrap_err();
     assert!(matches!(e, Error::Lost { .. }), "{e}");
     assert!(e.to_string().contains("double (double_f32), applied at "), "{e}");
+}
+
+/// A program of `engine/core/examples` that ends the process at any panic, caught or not, compiled against
+/// the library that this test is linked with.
+fn aborting(name: &str, source: &Path) -> PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let deps = exe.parent().unwrap();
+    let is_core = |path: &PathBuf| {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        name.starts_with("libtransfusion_core-") && name.ends_with(".rlib")
+    };
+    let libraries = fs::read_dir(deps).unwrap().map(|entry| entry.unwrap().path()).filter(is_core);
+    let newest = libraries.max_by_key(|path| path.metadata().unwrap().modified().unwrap()).unwrap();
+    let program = target().join(name);
+    let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()));
+    rustc.args(["--edition", "2024", "-C", "panic=abort"]).arg("-L").arg(deps).arg(source);
+    rustc.arg("--extern").arg(format!("transfusion_core={}", newest.display())).arg("-o").arg(&program);
+    let out = rustc.output().unwrap();
+    assert!(out.status.success(), "{}", said(&out));
+    program
+}
+
+#[test]
+fn a_program_that_aborts_on_panic_ends_with_a_message() {
+    let core = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/core");
+    let program = aborting("gpu", &core.join("examples/gpu.rs"));
+    for (variant, condition, _, words) in EARLY {
+        let out = install(&mut Command::new(&program), &folder(variant), condition).output().unwrap();
+        let said = said(&out);
+        assert_eq!(out.status.code(), Some(1), "{condition:?}: {} {said}", out.status);
+        let parts = ["error: ", "hint: "].iter().chain(words.iter());
+        parts.for_each(|word| assert!(said.contains(word), "{condition:?}: no {word:?} in {said}"));
+        assert!(!said.contains("panicked"), "{condition:?}: {said}");
+    }
+    let found = install(&mut Command::new(&program), &folder(""), &[("_DEVICES", "2")]).output().unwrap();
+    assert!(found.status.success() && said(&found).contains("cuda:1 Pretended GPU"), "{}", said(&found));
+
+    // That a panic would show: one that is caught still ends the process.
+    let source = target().join("panics.rs");
+    fs::write(&source, "fn main() { let _ = std::panic::catch_unwind(|| panic!()); }").unwrap();
+    let out = Command::new(aborting("panics", &source)).output().unwrap();
+    assert_eq!(out.status.code(), None, "it ends by a signal: {}", out.status);
 }

@@ -146,7 +146,7 @@ pub enum NoDevice {
     NoFunction {
         /// The function.
         name: &'static str,
-        /// The CUDA version that brought it.
+        /// The CUDA version whose drivers have what is needed.
         since: (u32, u32),
     },
     /// The driver is there and does not start.
@@ -219,7 +219,7 @@ impl fmt::Display for NoDevice {
             NoDevice::NoLibrary => f.write_str("no CUDA device: the NVIDIA driver's library was not found"),
             NoDevice::Stub => f.write_str("no CUDA device: the library found is a stub, not a driver"),
             NoDevice::NoFunction { name, since: (major, minor) } => {
-                write!(f, "no CUDA device: the driver lacks {name}, which CUDA {major}.{minor} brought")
+                write!(f, "no CUDA device: the driver lacks {name}, drivers for CUDA {major}.{minor} have it")
             }
             NoDevice::NoStart { code } => write!(f, "no CUDA device: the driver does not start ({code})"),
             NoDevice::NoGpu => f.write_str("no CUDA device: the driver sees no GPU"),

@@ -500,8 +500,18 @@ mod tests {
         Library::new(target.arch, vec![Module::new("sm_80", "scale", PTX)]).unwrap()
     }
 
-    /// A launch that is in order.
-    fn scale() -> Launch {
+    /// What a launch of a kernel is made of.
+    struct Parts {
+        entry: &'static str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        cluster: [u32; 3],
+        shared: u32,
+        args: Vec<Arg>,
+    }
+
+    /// A launch that is in order, changed.
+    fn changed(change: impl Fn(&mut Parts)) -> Launch {
         let args = vec![
             Arg::Address(Operand::Out(0), 16),
             Arg::Address(Operand::In(0), 0),
@@ -509,14 +519,11 @@ mod tests {
             Arg::U64(9),
             Arg::F32(1.5),
         ];
-        Launch::Kernel {
-            entry: "scale_f32".into(),
-            grid: [4, 1, 1],
-            block: [256, 1, 1],
-            cluster: [1, 1, 1],
-            shared: 0,
-            args,
-        }
+        let (grid, block, cluster) = ([4, 1, 1], [256, 1, 1], [1, 1, 1]);
+        let mut parts = Parts { entry: "scale_f32", grid, block, cluster, shared: 0, args };
+        change(&mut parts);
+        let Parts { entry, grid, block, cluster, shared, args } = parts;
+        Launch::Kernel { entry: entry.into(), grid, block, cluster, shared, args }
     }
 
     fn geometry() -> Geometry {
@@ -542,18 +549,10 @@ mod tests {
         assert!(e.to_string().contains(words), "no {words:?} in {e}");
     }
 
-    fn changed(change: impl Fn(&mut [u32; 3], &mut [u32; 3], &mut u32, &mut Vec<Arg>)) -> Launch {
-        let mut launch = scale();
-        if let Launch::Kernel { grid, block, shared, args, .. } = &mut launch {
-            change(grid, block, shared, args);
-        }
-        launch
-    }
-
     #[test]
     fn arguments_are_packed_as_declared() {
         let library = library(&Target::A100);
-        let step = step(vec![scale(), tiles(geometry())]);
+        let step = step(vec![changed(|_| ()), tiles(geometry())]);
         let found = commands(&step, &Target::A100, &library, &mut Flat).unwrap();
         let [Command::Kernel(scale), Command::Kernel(tiles)] = &found[..] else { panic!("{found:?}") };
         let mut want = Vec::new();
@@ -574,7 +573,7 @@ mod tests {
     #[test]
     fn what_does_nothing_is_left_out() {
         let library = library(&Target::A100);
-        let empty = changed(|grid, ..| grid[1] = 0);
+        let empty = changed(|p| p.grid[1] = 0);
         let fill = Launch::Fill { what: Operand::Scratch(0), byte: 3 };
         let step = step(vec![empty, fill]);
         let found = commands(&step, &Target::A100, &library, &mut Flat).unwrap();
@@ -584,29 +583,21 @@ mod tests {
 
     #[test]
     fn launches_that_contradict_their_kernels_are_refused() {
-        refused(changed(|.., args| drop(args.pop())), "takes 5 arguments and is given 4");
-        refused(changed(|.., args| args.swap(2, 3)), "argument 2 is U64(9)");
-        refused(changed(|.., args| args[2] = Arg::F32(7.0)), "argument 2 is F32(7.0)");
-        refused(changed(|.., args| args[0] = Arg::Address(Operand::Out(1), 0)), "no operand Out(1)");
-        refused(changed(|.., args| args[0] = Arg::Address(Operand::Out(0), 2049)), "2048 bytes, not 2049");
-        refused(changed(|.., args| args[3] = Arg::Map(Operand::In(0), geometry())), "argument 3 is Map");
-        refused(changed(|_, block, ..| block[1] = 2), "compiled for 256");
-        refused(changed(|_, block, ..| block[2] = 0), "a block of");
-        refused(changed(|grid, ..| grid[1] = 65_536), "a grid of");
-        refused(changed(|_, _, shared, _| *shared = Target::A100.shared), "167936 bytes");
-        refused(
-            Launch::Copy { from: Operand::In(0), to: Operand::Scratch(0) },
-            "2048 bytes cannot be copied over 32",
-        );
-        let mut unknown = scale();
-        if let Launch::Kernel { entry, .. } = &mut unknown {
-            *entry = "scale_f16".into();
-        }
-        refused(unknown, "sm_80 has no kernel of that name");
-        let mut clustered = scale();
-        if let Launch::Kernel { cluster, .. } = &mut clustered {
-            *cluster = [2, 1, 1];
-        }
+        let arg = |i: usize, arg: Arg, words: &str| refused(changed(|p| p.args[i] = arg.clone()), words);
+        refused(changed(|p| drop(p.args.pop())), "takes 5 arguments and is given 4");
+        refused(changed(|p| p.args.swap(2, 3)), "argument 2 is U64(9)");
+        arg(2, Arg::F32(7.0), "argument 2 is F32(7.0)");
+        arg(0, Arg::Address(Operand::Out(1), 0), "no operand Out(1)");
+        arg(0, Arg::Address(Operand::Out(0), 2049), "2048 bytes, not 2049");
+        arg(3, Arg::Map(Operand::In(0), geometry()), "argument 3 is Map");
+        refused(changed(|p| p.block[1] = 2), "compiled for 256");
+        refused(changed(|p| p.block[2] = 0), "a block of");
+        refused(changed(|p| p.grid[1] = 65_536), "a grid of");
+        refused(changed(|p| p.shared = Target::A100.shared), "167936 bytes of shared memory");
+        refused(changed(|p| p.entry = "scale_f16"), "sm_80 has no kernel of that name");
+        let copy = Launch::Copy { from: Operand::In(0), to: Operand::Scratch(0) };
+        refused(copy, "2048 bytes cannot be copied over 32");
+        let clustered = changed(|p| p.cluster = [2, 1, 1]);
         refused(clustered.clone(), "in clusters of [2, 1, 1]");
         let hopper = library(&Target::H200);
         commands(&step(vec![clustered]), &Target::H200, &hopper, &mut Flat).unwrap();
@@ -624,7 +615,7 @@ mod tests {
         broken(&|g| g.tile[0] = 72, "a row of the box has 144 bytes");
         broken(&|g| g.tile[1] = 512, "box [64, 512]");
         broken(&|g| g.swizzle = 16, "swizzled by 16");
-        broken(&|g| drop(g.strides.pop()), "a stride fewer");
+        broken(&|g| g.strides.clear(), "a stride fewer");
     }
 
     #[test]

@@ -65,7 +65,7 @@ macro_rules! api {
             /// The first function that is missing of those that every plan needs.
             fn missing(&self) -> Option<NoDevice> {
                 $(if self.$name.is_none() && $since <= NEEDED {
-                    return Some(NoDevice::NoFunction { name: stringify!($name), since: $since });
+                    return Some(NoDevice::NoFunction { name: stringify!($name), since: $since.max(NEEDED) });
                 })*
                 None
             }
@@ -244,7 +244,7 @@ impl Driver {
         }
         let driver = Driver { api: Api::load() };
         if driver.api.cuInit.is_none() {
-            return Err(NoDevice::NoFunction { name: "cuInit", since: (2, 0) });
+            return Err(NoDevice::NoFunction { name: "cuInit", since: NEEDED });
         }
         match call!(&driver, cuInit(0)) {
             Ok(()) => driver.api.missing().map_or(Ok(Arc::new(driver)), Err),
