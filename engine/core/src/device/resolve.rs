@@ -149,6 +149,9 @@ pub struct Call<'a> {
     pub operands: Vec<(usize, Located)>,
 }
 
+/// The operand behind each parameter that holds an address.
+type Operands = Vec<(usize, Located)>;
+
 /// What a step executes: nothing for a view, for a grid without blocks and for operands without bytes.
 ///
 /// # Errors
@@ -285,7 +288,7 @@ impl<'a> Resolver<'a, '_> {
     }
 
     /// The parameter buffer, and what each address in it belongs to.
-    fn pack(&mut self, entry: &Entry, args: &[Arg]) -> Result<(Vec<u8>, Vec<(usize, Located)>), Refusal> {
+    fn pack(&mut self, entry: &Entry, args: &[Arg]) -> Result<(Vec<u8>, Operands), Refusal> {
         if args.len() != entry.params.len() {
             Err(format!("it takes {} arguments and is given {}", entry.params.len(), args.len()))?;
         }
@@ -402,7 +405,7 @@ fn geometry_fits(g: &Geometry, operand: &Located) -> Result<(), String> {
     if g.extents.iter().any(|&n| n == 0 || n > 1 << 32) || g.tile.iter().any(|&n| n == 0 || n > 256) {
         return Err(format!("extents {:?}, box {:?}", g.extents, g.tile));
     }
-    if operand.address % 16 != 0 || g.strides.iter().any(|s| s % 16 != 0 || *s >= 1 << 40) {
+    if !operand.address.is_multiple_of(16) || g.strides.iter().any(|s| s % 16 != 0 || *s >= 1 << 40) {
         return Err(format!("address and strides {:?} must be multiples of 16 bytes", g.strides));
     }
     let row = g.tile[0] * g.element;
