@@ -124,7 +124,7 @@ impl Case {
 
     /// The graph: float inputs are parameters (copied, so that in-place ops spare them), integers and
     /// constants are inputs, outputs are named `out0`, `out1`, ...
-    fn graph(&self, float: DType, backward: bool) -> Result<Graph> {
+    pub(crate) fn graph(&self, float: DType, backward: bool) -> Result<Graph> {
         let mut g = Graph::new();
         let (mut ins, mut params) = (vec![], vec![]);
         for (i, input) in self.inputs.iter().enumerate() {

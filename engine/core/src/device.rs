@@ -5,6 +5,7 @@ pub use cpu::{CpuDevice, CpuOptions};
 
 use crate::{
     error::Result,
+    launch::Target,
     op::Kind,
     plan::Plan,
     tensor::{Host, View, ViewMut},
@@ -28,6 +29,11 @@ pub enum Place<'a> {
 
 /// A machine that replays plans.
 pub trait Device: Send {
+    /// What its plans are lowered for; `None` where the ops' own `eval` runs.
+    fn target(&self) -> Option<Target> {
+        None
+    }
+
     /// Makes room for a plan: its inputs, the states it names (once; zero until written), and the
     /// scratch arena, which all plans share.
     ///
