@@ -1,7 +1,11 @@
 //! The seam between a plan and a machine: a device sees places, launches and evals, nothing else.
 mod cpu;
+pub mod cuda;
+pub mod ledger;
+pub mod resolve;
 
 pub use cpu::{CpuDevice, CpuOptions};
+pub use cuda::{CudaDevice, CudaOptions};
 
 use crate::{
     error::Result,
@@ -23,7 +27,7 @@ pub enum Place<'a> {
     State(Kind, &'a str),
     /// An input of a plan.
     Input(PlanId, &'a str),
-    /// An output of a plan: valid from its run until the next run of any plan.
+    /// An output of a plan: valid from its run until any plan runs or is opened.
     Output(PlanId, &'a str),
 }
 

@@ -28,6 +28,16 @@ pub struct Target {
 }
 
 impl Target {
+    /// NVIDIA A100 SXM, 80 GB.
+    pub const A100: Target = Target {
+        name: "A100",
+        arch: "sm_80",
+        sms: 108,
+        shared: 163 * 1024,
+        l2: 40 * 1024 * 1024,
+        peak: 312e12,
+    };
+
     /// NVIDIA H200 SXM.
     pub const H200: Target = Target {
         name: "H200",

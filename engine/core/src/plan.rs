@@ -103,7 +103,7 @@ impl Plan {
     /// # Errors
     /// The first refused op; a read of overwritten memory.
     pub fn new(g: &Graph) -> Result<Plan> {
-        Plan::build(g, None)
+        Plan::on(g, None)
     }
 
     /// Plans for a GPU.
@@ -111,10 +111,14 @@ impl Plan {
     /// # Errors
     /// As [`Plan::new`], and [`Error::NoKernel`] naming the first op that has none.
     pub fn lowered(g: &Graph, target: &Target) -> Result<Plan> {
-        Plan::build(g, Some(target))
+        Plan::on(g, Some(target))
     }
 
-    fn build(g: &Graph, target: Option<&Target>) -> Result<Plan> {
+    /// Plans for what [`Device::target`](crate::device::Device::target) says.
+    ///
+    /// # Errors
+    /// As [`Plan::lowered`].
+    pub fn on(g: &Graph, target: Option<&Target>) -> Result<Plan> {
         g.check()?;
         let nodes = needed(g)?;
         let home = homes(g, &nodes)?;

@@ -1,6 +1,7 @@
 //! The demonstration: a small model learns to draw the built-in shapes from captions and to caption
 //! them, and is then examined on combinations of size, colour and shape that it never saw.
 use crate::{
+    config::ModelConfig,
     data::{
         Part,
         shapes::{self, Scene, Score, Split},
@@ -23,6 +24,17 @@ const EXAMINED: u64 = 128;
 
 /// The list from which the examination takes its scenes.
 const EXAMINATION_SEED: u64 = 0x0065_7861_6d00;
+
+/// The model of the demonstration.
+const PRESET: &str = "tiny";
+
+/// The model of the demonstration.
+///
+/// # Errors
+/// None that a user can cause.
+pub fn model() -> Result<ModelConfig> {
+    ModelConfig::preset(PRESET)
+}
 
 /// What to demonstrate.
 #[derive(Clone, Debug)]
@@ -92,7 +104,7 @@ pub fn run(
     cancel: Cancel<'_>,
 ) -> Result<Summary> {
     let start = Instant::now();
-    let mut config = RunConfig::preset("tiny")?;
+    let mut config = RunConfig::preset(PRESET)?;
     config.data.paths = vec!["shapes".into()];
     config.train.seed = options.seed;
     observe(DemoEvent::Stage("training".into()));

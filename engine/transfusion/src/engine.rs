@@ -214,7 +214,7 @@ impl Engine {
         if let Some((_, id)) = self.programs.iter().find(|(p, _)| *p == program) {
             return Ok(*id);
         }
-        let plan = Plan::new(&program.graph(&self.config)?)?;
+        let plan = self.plan(program)?;
         let id = self.device.open(Arc::new(plan))?;
         self.programs.push((program, id));
         Ok(id)
@@ -274,12 +274,12 @@ impl Engine {
         Ok(self.device.run(plan)?)
     }
 
-    /// The bytes that each opened state takes, by kind, and what the plans say of themselves.
+    /// The plan of a program for this device; it is not opened.
     ///
     /// # Errors
-    /// If the program cannot be built.
+    /// If the program cannot be built, or the device lacks a kernel for one of its ops.
     pub fn plan(&self, program: Program) -> Result<Plan> {
-        Ok(Plan::new(&program.graph(&self.config)?)?)
+        Ok(Plan::on(&program.graph(&self.config)?, self.device.target().as_ref())?)
     }
 }
 
@@ -289,7 +289,7 @@ fn declare(device: &mut dyn Device, weights: &[Weight], kind: Kind, dtype: DType
     for w in weights {
         g.state(kind, &w.name, w.shape(), dtype);
     }
-    device.open(Arc::new(Plan::new(&g)?))?;
+    device.open(Arc::new(Plan::on(&g, device.target().as_ref())?))?;
     Ok(())
 }
 

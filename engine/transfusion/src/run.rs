@@ -787,21 +787,48 @@ fn newest_checkpoint(dir: &RunDir) -> Result<(u64, Checkpoint)> {
 /// # Errors
 /// Names what is missing or damaged.
 pub fn load(path: &Path, device: Box<dyn Device>) -> Result<Engine> {
-    if path.join("metrics.jsonl").is_file() || path.join("checkpoints").is_dir() {
-        return load_checkpoint(&newest_checkpoint(&RunDir::open(path)?)?.1, device);
+    match Source::find(path)? {
+        Source::Checkpoint(checkpoint) => load_checkpoint(&checkpoint, device),
+        Source::Folder => hf::import(path, device),
     }
-    if path.join("state.json").is_file() {
-        return load_checkpoint(&Checkpoint::open(path)?, device);
+}
+
+/// What a model is, without its weights; for what [`load`] takes.
+///
+/// # Errors
+/// As [`load`].
+pub fn model_config(path: &Path) -> Result<ModelConfig> {
+    match Source::find(path)? {
+        Source::Checkpoint(checkpoint) => read_config(&checkpoint),
+        Source::Folder => hf::read_config(&path.join("config.json")),
     }
-    if path.join("config.json").is_file() {
-        return hf::import(path, device);
+}
+
+/// Where a model lies.
+enum Source {
+    Checkpoint(Checkpoint),
+    /// A folder under Hugging Face names.
+    Folder,
+}
+
+impl Source {
+    fn find(path: &Path) -> Result<Source> {
+        if path.join("metrics.jsonl").is_file() || path.join("checkpoints").is_dir() {
+            return Ok(Source::Checkpoint(newest_checkpoint(&RunDir::open(path)?)?.1));
+        }
+        if path.join("state.json").is_file() {
+            return Ok(Source::Checkpoint(Checkpoint::open(path)?));
+        }
+        if path.join("config.json").is_file() {
+            return Ok(Source::Folder);
+        }
+        let why = if path.exists() {
+            "is no model: give a run directory, a checkpoint, or a folder with config.json and model.safetensors"
+        } else {
+            "does not exist; give a run directory, a checkpoint, or an exported folder"
+        };
+        Err(Error::file(path, why))
     }
-    let why = if path.exists() {
-        "is no model: give a run directory, a checkpoint, or a folder with config.json and model.safetensors"
-    } else {
-        "does not exist; give a run directory, a checkpoint, or an exported folder"
-    };
-    Err(Error::file(path, why))
 }
 
 fn load_checkpoint(checkpoint: &Checkpoint, device: Box<dyn Device>) -> Result<Engine> {

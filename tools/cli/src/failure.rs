@@ -2,6 +2,7 @@
 use crate::console::{self, Style};
 use std::process::ExitCode;
 use transfusion::Error;
+use transfusion_core as core;
 
 /// What a command returns.
 pub(crate) type Outcome<T = ()> = Result<T, Failure>;
@@ -60,6 +61,13 @@ impl From<Error> for Failure {
     fn from(e: Error) -> Failure {
         match e {
             Error::Cancelled => Failure::Interrupted,
+            Error::Core(core::Error::NoDevice(why)) => Failure::error(&why).hint(format!(
+                "{}; `transfusion doctor` tells more, and --device cpu needs no GPU",
+                why.remedy()
+            )),
+            Error::Core(e @ core::Error::NoKernel { .. }) => {
+                Failure::error(e).hint("--device cpu runs everything")
+            }
             e => Failure::error(e),
         }
     }

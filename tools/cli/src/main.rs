@@ -8,6 +8,7 @@ mod progress;
 mod settings;
 mod commands {
     pub(crate) mod demo;
+    pub(crate) mod doctor;
     pub(crate) mod eval;
     pub(crate) mod export;
     pub(crate) mod inspect;
@@ -52,6 +53,7 @@ enum Command {
     Plan(commands::plan::Plan),
     Inspect(commands::inspect::Inspect),
     Export(commands::export::Export),
+    Doctor(commands::doctor::Doctor),
 }
 
 impl Command {
@@ -64,6 +66,7 @@ impl Command {
             Command::Plan(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Export(c) => c.run(),
+            Command::Doctor(c) => c.run(),
         }
     }
 }

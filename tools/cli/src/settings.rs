@@ -1,8 +1,16 @@
 //! Options that several commands share: what decides a training, and the device.
-use crate::failure::{Failure, Outcome};
-use clap::{Args, ValueEnum, builder::PossibleValuesParser};
+use crate::{
+    console,
+    failure::{Failure, Outcome},
+};
+use clap::{Args, builder::PossibleValuesParser};
 use std::path::PathBuf;
-use transfusion::{config::PRESETS, engine, run::RunConfig};
+use transfusion::{
+    Error,
+    config::{ModelConfig, PRESETS},
+    hardware::Hardware,
+    run::RunConfig,
+};
 use transfusion_core::device::Device;
 
 /// A preset, and what is laid over it.
@@ -44,25 +52,23 @@ fn assignment(text: &str) -> Result<(String, String), String> {
 /// Where a model runs.
 #[derive(Args, Debug)]
 pub(crate) struct Machine {
-    /// What it runs on; auto takes the best there is.
-    #[arg(long, value_enum, default_value = "auto")]
-    device: DeviceName,
-    /// Threads; 0 is one for each core. Results do not depend on it.
+    /// What it runs on: cpu, cuda, cuda:N, or auto, which is a GPU if one is there that has a kernel for
+    /// everything the model does, else the CPU.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: Hardware,
+    /// Threads of the CPU; 0 is one for each core. Results do not depend on it.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
     threads: u16,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DeviceName {
-    Auto,
-    Cpu,
-}
-
 impl Machine {
-    /// Opens it.
-    pub(crate) fn open(&self) -> Outcome<Box<dyn Device>> {
-        match self.device {
-            DeviceName::Auto | DeviceName::Cpu => Ok(engine::cpu(usize::from(self.threads))?),
-        }
+    /// Opens it for a model.
+    pub(crate) fn open(
+        &self,
+        model: impl FnOnce() -> Result<ModelConfig, Error>,
+    ) -> Outcome<Box<dyn Device>> {
+        let opened = self.device.open(usize::from(self.threads), model)?;
+        opened.notices.iter().for_each(console::note);
+        Ok(opened.device)
     }
 }

@@ -1,16 +1,18 @@
 //! Runs each op's `eval` over the planned memory: the same places and the same rounding points as a
 //! GPU has.
-use super::{Device, Place, PlanId};
+use super::{
+    Device, Place, PlanId,
+    ledger::{Ledger, replaced},
+};
 use crate::{
     cpu::Cpu,
     error::{Error, Result},
-    op::Kind,
     plan::{Plan, Segment, Slot, Step},
-    tensor::{DType, Host, In, Out, Spec, View, ViewMut},
+    tensor::{DType, Host, In, Out, View, ViewMut},
 };
 use half::bf16;
 use std::{
-    collections::{HashMap, HashSet},
+    ptr::NonNull,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -37,19 +39,8 @@ pub struct CpuDevice {
     cpu: Cpu,
     pool: rayon::ThreadPool,
     poison: bool,
-    states: HashMap<(Kind, String), usize>,
-    blocks: Vec<(Spec, Block)>,
-    plans: Vec<Option<Opened>>,
-    scratch: Block,
+    ledger: Ledger<Block>,
     staging: Block,
-}
-
-#[derive(Debug)]
-struct Opened {
-    plan: Arc<Plan>,
-    /// Which block each state of the plan is.
-    blocks: Vec<usize>,
-    inputs: Block,
 }
 
 /// Zeroed memory, 64-byte aligned.
@@ -64,7 +55,11 @@ impl Block {
     fn new(bytes: usize, what: &str) -> Result<Block> {
         let mut lines = Vec::new();
         let n = bytes.div_ceil(64);
-        lines.try_reserve_exact(n).map_err(|_| Error::Memory { need: bytes as u64, what: what.into() })?;
+        lines.try_reserve_exact(n).map_err(|_| Error::Memory {
+            need: bytes as u64,
+            free: None,
+            what: what.into(),
+        })?;
         lines.resize(n, Line([0; 8]));
         Ok(Block(lines))
     }
@@ -95,10 +90,7 @@ impl CpuDevice {
             cpu: Cpu::default(),
             pool,
             poison: options.poison,
-            states: HashMap::new(),
-            blocks: Vec::new(),
-            plans: Vec::new(),
-            scratch: Block::default(),
+            ledger: Ledger::default(),
             staging: Block::default(),
         })
     }
@@ -108,80 +100,14 @@ impl CpuDevice {
         self.pool.current_num_threads()
     }
 
-    fn opened(&self, plan: PlanId) -> Result<&Opened> {
-        self.plans.get(plan.0).and_then(Option::as_ref).ok_or_else(|| Error::Place {
-            what: format!("plan {}", plan.0),
-            why: "it is not open on this device".into(),
-        })
-    }
-
-    /// The block, byte offset and type of a place.
-    fn find(&self, at: Place<'_>) -> Result<(&Block, usize, Spec)> {
-        let missing = |why: &str| Error::Place { what: format!("{at:?}"), why: why.into() };
-        let slot_of = |opened: &Opened, slot: Option<Slot>| {
-            let slot = slot.ok_or_else(|| missing("the plan has no such name"))?;
-            Ok::<_, Error>((slot, opened.blocks.clone()))
-        };
-        let (slot, blocks, inputs) = match at {
-            Place::State(kind, name) => {
-                let i = self.states.get(&(kind, name.to_string()));
-                let (spec, block) = &self.blocks[*i.ok_or_else(|| missing("no plan has named it"))?];
-                return Ok((block, 0, *spec));
-            }
-            Place::Input(id, name) => {
-                let o = self.opened(id)?;
-                let (slot, blocks) = slot_of(o, o.plan.input(name))?;
-                (slot, blocks, &o.inputs)
-            }
-            Place::Output(id, name) => {
-                let o = self.opened(id)?;
-                let (slot, blocks) = slot_of(o, o.plan.output(name))?;
-                (slot, blocks, &o.inputs)
-            }
-        };
-        let block = match slot.segment {
-            Segment::State(i) => &self.blocks[blocks[i]].1,
-            Segment::Input => inputs,
-            Segment::Scratch => &self.scratch,
-        };
-        Ok((block, slot.offset, slot.spec))
-    }
-
-    fn find_mut(&mut self, at: Place<'_>) -> Result<(&mut Block, usize, Spec)> {
-        let (_, offset, spec) = self.find(at)?;
-        let block = match at {
-            Place::State(kind, name) => {
-                let i = self.states[&(kind, name.to_string())];
-                &mut self.blocks[i].1
-            }
-            Place::Input(id, _) => match self.plans[id.0].as_mut() {
-                Some(o) => &mut o.inputs,
-                None => return Err(Error::Device("the plan is closed".into())),
-            },
-            Place::Output(..) => {
-                return Err(Error::Place { what: format!("{at:?}"), why: "outputs are read-only".into() });
-            }
-        };
-        Ok((block, offset, spec))
-    }
-
     fn execute(&mut self, id: PlanId, mut time: Option<&mut Vec<Duration>>) -> Result<()> {
-        self.opened(id)?;
-        let CpuDevice { cpu, pool, poison, blocks, plans, scratch, staging, .. } = self;
-        let Some(opened) = plans[id.0].as_mut() else { return Ok(()) };
-        if *poison {
-            scratch.bytes_mut().fill(0xff);
-        }
-        let mut base = Bases {
-            states: Vec::new(),
-            inputs: opened.inputs.bytes_mut().as_mut_ptr(),
-            scratch: scratch.bytes_mut().as_mut_ptr(),
-        };
-        base.states.extend(opened.blocks.iter().map(|&b| blocks[b].1.bytes_mut().as_mut_ptr()));
+        let plan = self.ledger.plan(id)?.clone();
+        let base = self.bases(id, &plan)?;
+        let CpuDevice { cpu, pool, poison, staging, .. } = self;
         let staging = bytemuck::cast_slice_mut::<Line, f32>(&mut staging.0);
         pool.install(|| {
             awake(|| {
-                for step in &opened.plan.steps {
+                for step in &plan.steps {
                     let start = Instant::now();
                     run_step(step, &base, staging, cpu, *poison);
                     if let Some(time) = time.as_deref_mut() {
@@ -192,74 +118,62 @@ impl CpuDevice {
         });
         Ok(())
     }
+
+    /// Where the segments of a plan begin.
+    fn bases(&mut self, id: PlanId, plan: &Plan) -> Result<Bases> {
+        let poison = self.poison;
+        let mut at = |segment| {
+            let bytes = self.ledger.block_mut(id, segment)?.bytes_mut();
+            if poison && segment == Segment::Scratch {
+                bytes.fill(0xff);
+            }
+            Ok::<_, Error>(bytes.as_mut_ptr())
+        };
+        Ok(Bases {
+            states: (0..plan.states.len()).map(|i| at(Segment::State(i))).collect::<Result<_>>()?,
+            inputs: at(Segment::Input)?,
+            scratch: if plan.scratch_bytes > 0 {
+                at(Segment::Scratch)?
+            } else {
+                NonNull::<Line>::dangling().as_ptr().cast()
+            },
+        })
+    }
 }
 
 impl Device for CpuDevice {
     fn open(&mut self, plan: Arc<Plan>) -> Result<PlanId> {
-        check(&plan)?;
-        // Whatever can fail comes before the first change of the device.
-        let mut used = Vec::with_capacity(plan.states.len());
-        let mut fresh = Vec::new();
-        for s in &plan.states {
-            let block = match self.states.get(&(s.kind, s.name.clone())) {
-                Some(&i) if self.blocks[i].0 == s.spec => i,
-                Some(&i) => {
-                    let (kind, name, have) = (s.kind, s.name.clone(), self.blocks[i].0);
-                    let (have, want) = (Box::new(have), Box::new(s.spec));
-                    return Err(Error::StateClash { kind, name, have, want });
-                }
-                None => {
-                    fresh.push((s, Block::new(s.spec.bytes(), &s.name)?));
-                    self.blocks.len() + fresh.len() - 1
-                }
-            };
-            used.push(block);
+        if let Some(s) = plan.steps.iter().find(|s| s.ins.len().max(s.outs.len()) > OPERANDS) {
+            return Err(Error::Device(format!("{} has more than {OPERANDS} operands", s.op.name())));
         }
-        let scratch = self.scratch.grown(plan.scratch_bytes, "the scratch arena")?;
+        self.ledger.missing(&plan)?;
         let staging = plan.steps.iter().map(staged_bytes).max().unwrap_or(0);
         let staging = self.staging.grown(staging, "the bf16 staging buffer")?;
-        let inputs = Block::new(plan.input_bytes, "the inputs of a plan")?;
-        for (s, block) in fresh {
-            self.states.insert((s.kind, s.name.clone()), self.blocks.len());
-            self.blocks.push((s.spec, block));
-        }
-        self.scratch = scratch.unwrap_or(std::mem::take(&mut self.scratch));
+        let id = self.ledger.open(plan, Block::new)?;
         self.staging = staging.unwrap_or(std::mem::take(&mut self.staging));
-        self.plans.push(Some(Opened { plan, blocks: used, inputs }));
-        Ok(PlanId(self.plans.len() - 1))
+        Ok(id)
     }
 
     fn close(&mut self, plan: PlanId) {
-        if let Some(p) = self.plans.get_mut(plan.0) {
-            *p = None;
-        }
-        let named: HashSet<usize> = self.plans.iter().flatten().flat_map(|p| p.blocks.clone()).collect();
-        let blocks = &mut self.blocks;
-        self.states.retain(|(kind, _), i| {
-            let stays = *kind != Kind::Cache || named.contains(i);
-            if !stays {
-                blocks[*i].1 = Block::default();
-            }
-            stays
-        });
+        self.ledger.close(plan);
     }
 
     fn write(&mut self, at: Place<'_>, data: View<'_>) -> Result<()> {
-        let (block, offset, spec) = self.find_mut(at)?;
-        fits(at, spec, data.dtype(), data.len())?;
-        block.bytes_mut()[offset..offset + spec.bytes()].copy_from_slice(data.bytes());
+        let (block, offset) = self.ledger.target(at, data.dtype(), data.len())?;
+        let data = data.bytes();
+        block.bytes_mut()[offset..offset + data.len()].copy_from_slice(data);
         Ok(())
     }
 
     fn read(&mut self, at: Place<'_>, mut into: ViewMut<'_>) -> Result<()> {
-        let (block, offset, spec) = self.find(at)?;
-        fits(at, spec, into.dtype(), into.len())?;
-        into.bytes().copy_from_slice(&block.bytes()[offset..offset + spec.bytes()]);
+        let (block, offset) = self.ledger.source(at, into.dtype(), into.len())?;
+        let into = into.bytes();
+        into.copy_from_slice(&block.bytes()[offset..offset + into.len()]);
         Ok(())
     }
 
     fn fetch(&mut self, at: Place<'_>) -> Result<Host> {
-        let (_, _, spec) = self.find(at)?;
+        let (_, _, spec) = self.ledger.find(at)?;
         let mut host = Host::zeros(spec);
         self.read(at, host.view_mut())?;
         Ok(host)
@@ -319,67 +233,12 @@ fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     })
 }
 
-fn fits(at: Place<'_>, spec: Spec, dtype: DType, len: usize) -> Result<()> {
-    if spec.dtype == dtype && spec.shape.numel() == len {
-        return Ok(());
-    }
-    let why = format!("it is {spec:?}, the data are {len} elements of {}", dtype.name());
-    Err(Error::Place { what: format!("{at:?}"), why })
-}
-
 /// Bytes of f32 that the bf16 operands of a step take when decoded.
 fn staged_bytes(step: &Step) -> usize {
     let of = |s: &Slot| {
         if s.spec.dtype == DType::Bf16 { (s.spec.shape.numel() * 4).next_multiple_of(64) } else { 0 }
     };
     step.ins.iter().chain(&step.outs).map(of).sum()
-}
-
-/// What makes [`run_step`] sound, checked once per plan: every slot lies inside its segment, aligned,
-/// and no output overlaps another operand, but for the input that it replaces or renames.
-fn check(plan: &Plan) -> Result<()> {
-    let size = |segment| match segment {
-        Segment::State(i) => plan.states.get(i).map_or(0, |s| s.spec.bytes()),
-        Segment::Input => plan.input_bytes,
-        Segment::Scratch => plan.scratch_bytes,
-    };
-    let bytes = |s: &Slot| s.offset..s.offset + s.spec.bytes();
-    let overlap = |a: &Slot, b: &Slot| {
-        let (x, y) = (bytes(a), bytes(b));
-        a.segment == b.segment && x.start < y.end && y.start < x.end
-    };
-    for (i, step) in plan.steps.iter().enumerate() {
-        let fail =
-            |why: &str| Err(Error::Device(format!("faulty plan: step {i}, {}: {why}", step.op.name())));
-        if step.ins.len() > OPERANDS || step.outs.len() > OPERANDS {
-            return fail("too many operands");
-        }
-        for s in step.ins.iter().chain(&step.outs) {
-            if bytes(s).end > size(s.segment) || s.offset % s.spec.dtype.size() != 0 {
-                return fail("an operand lies outside its segment or is misaligned");
-            }
-        }
-        if step.is_view() {
-            continue;
-        }
-        for (o, out) in step.outs.iter().enumerate() {
-            let source = replaced(step, o);
-            let others = step.outs.iter().enumerate().filter(|(p, _)| *p != o).map(|(_, s)| s);
-            let ins = step.ins.iter().enumerate().filter(|(p, _)| Some(*p) != source).map(|(_, s)| s);
-            if others.chain(ins).any(|s| overlap(out, s)) {
-                return fail("an output overlaps another operand");
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The input that output `o` replaces.
-fn replaced(step: &Step, o: usize) -> Option<usize> {
-    match step.op.memory(o) {
-        crate::op::Memory::InPlace { input } => Some(input),
-        _ => None,
-    }
 }
 
 /// Where the segments begin.
@@ -465,7 +324,7 @@ fn empty<'a>(dtype: DType) -> View<'a> {
 #[expect(unsafe_code, reason = "the disjoint borrows of the arena")]
 fn borrow<'a>(base: &'a Bases, slot: &Slot) -> View<'a> {
     let (p, n) = (base.at(slot), slot.spec.shape.numel());
-    // SAFETY: `check` proved the slot inside its segment and aligned (segments start 64-byte
+    // SAFETY: `ledger::check` proved the slot inside its segment and aligned (segments start 64-byte
     // aligned), and disjoint from everything that the step writes; any bytes are valid elements.
     unsafe {
         match slot.spec.dtype {
@@ -481,7 +340,7 @@ fn borrow<'a>(base: &'a Bases, slot: &Slot) -> View<'a> {
 #[expect(unsafe_code, reason = "the disjoint borrows of the arena")]
 fn borrow_mut<'a>(base: &'a Bases, slot: &Slot) -> ViewMut<'a> {
     let (p, n) = (base.at(slot), slot.spec.shape.numel());
-    // SAFETY: as in `borrow`; besides, `check` proved that no other operand of the step overlaps it,
+    // SAFETY: as in `borrow`; besides, `ledger::check` proved that no other operand of the step overlaps it,
     // and the input that it replaces is handed out empty.
     unsafe {
         match slot.spec.dtype {
@@ -497,7 +356,7 @@ fn borrow_mut<'a>(base: &'a Bases, slot: &Slot) -> ViewMut<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::Graph;
+    use crate::{graph::Graph, op::Kind};
 
     /// `y = x + x` with `x` of `n` numbers and a cache of `cached`.
     fn doubling(n: usize, cached: usize) -> Arc<Plan> {

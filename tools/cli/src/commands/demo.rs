@@ -40,7 +40,7 @@ impl Demo {
             DemoEvent::Run(event) => progress.observe(&event),
             DemoEvent::Stage(stage) => progress.stage(&stage),
         };
-        let summary = demo::run(&options, self.machine.open()?, &mut observe, Cancel(Some(&stop)));
+        let summary = demo::run(&options, self.machine.open(demo::model)?, &mut observe, Cancel(Some(&stop)));
         progress.finish();
         console::print(summary?)?;
         console::print(format!("pictures and curves: {}", options.out.join("report.html").display()))

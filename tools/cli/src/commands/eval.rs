@@ -59,7 +59,7 @@ impl Eval {
     /// Measures and prints.
     pub(crate) fn run(self) -> Outcome {
         let stop = console::interruption("stopping")?;
-        let mut engine = run::load(&self.model, self.machine.open()?)?;
+        let mut engine = run::load(&self.model, self.machine.open(|| run::model_config(&self.model))?)?;
         let sources = self.sources(&engine)?;
         let capacity = capacity(&engine);
         let levels = if engine.config().image().is_some() { self.levels } else { 1 };

@@ -106,7 +106,7 @@ impl Sample {
         let known = self.to.or(self.image.as_ref().map(|_| To::Text));
         let early = known.map(|to| self.target(to)).transpose()?;
         let stop = console::interruption("stopping")?;
-        let mut engine = run::load(&self.model, self.machine.open()?)?;
+        let mut engine = run::load(&self.model, self.machine.open(|| run::model_config(&self.model))?)?;
         let to = known.unwrap_or(if engine.config().image().is_some() { To::Image } else { To::Text });
         let target = early.map_or_else(|| self.target(to), Ok)?;
         let prompt = self.document(engine.config())?;

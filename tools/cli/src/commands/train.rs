@@ -8,7 +8,7 @@ use crate::{
 use clap::Args;
 use std::path::{Path, PathBuf};
 use transfusion::{
-    run::{Run, RunConfig, RunEvent},
+    run::{self, Run, RunConfig, RunEvent},
     sample::Cancel,
 };
 
@@ -82,11 +82,14 @@ impl Train {
     }
 
     fn open(&self, out: &Path, observe: &mut dyn FnMut(RunEvent)) -> Outcome<Run> {
-        let device = self.machine.open()?;
         if self.resume {
+            let device = self.machine.open(|| run::model_config(out))?;
             return Ok(Run::resume(out, device, observe)?);
         }
-        Ok(Run::create(self.config()?, out, self.init.as_deref(), device, observe)?)
+        let config = self.config()?;
+        let init = self.init.as_deref();
+        let device = self.machine.open(|| init.map_or(Ok(config.model.clone()), run::model_config))?;
+        Ok(Run::create(config, out, init, device, observe)?)
     }
 
     fn config(&self) -> Outcome<RunConfig> {

@@ -1,0 +1,582 @@
+//! Runs the launches of plans on an NVIDIA GPU through the driver alone: no toolkit, at build time or at
+//! run time.
+//!
+//! Each plan is recorded once as a CUDA graph, at its first run, and replayed. Everything runs in one
+//! stream, in order; [`Device::run`] returns when the work is queued, and [`Device::read`] waits for it. So
+//! a fault inside a kernel shows in a later call, as [`Error::Lost`]; [`Device::profile`] waits for every
+//! step and names the one that fails.
+mod driver;
+
+pub use driver::Gpu;
+
+use super::{
+    Device, Place, PlanId,
+    ledger::Ledger,
+    resolve::{self, Call, Command, Library, Places, TENSOR_MAP},
+};
+use crate::{
+    error::{Error, NoDevice, Result},
+    launch::{Geometry, Launch, Operand, Target},
+    plan::{Plan, Slot, Step},
+    tensor::{Host, View, ViewMut},
+};
+use driver::{Buffer, Context, Driver, Event, Failure, Function, Graph, Module, Shape, Staging, Stream};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+
+/// Bytes of page-locked memory for copies from and to the host.
+const STAGING: usize = 16 << 20;
+
+/// How a [`CudaDevice`] works.
+#[derive(Clone, Debug, Default)]
+pub struct CudaOptions {
+    /// Which GPU, counted from 0 as the driver lists them.
+    pub ordinal: usize,
+    /// Kernels that stand in for shipped ones of the same names.
+    pub kernels: Vec<transfusion_ptx::Module>,
+}
+
+/// An NVIDIA GPU as a device.
+pub struct CudaDevice {
+    // Fields are dropped in this order.
+    graphs: HashMap<PlanId, Recorded>,
+    kernels: HashMap<String, Loaded>,
+    modules: HashMap<(String, String), Arc<Module>>,
+    ledger: Ledger<Buffer>,
+    staging: Staging,
+    stream: Stream,
+    context: Arc<Context>,
+    gpu: Gpu,
+    target: Target,
+    library: Library,
+    notices: Vec<String>,
+    lost: Option<Error>,
+}
+
+/// A plan as a graph; `None` where it executes nothing.
+struct Recorded {
+    graph: Option<Graph>,
+    /// How often the arena had moved when it was recorded.
+    moves: u64,
+}
+
+struct Loaded {
+    function: Function,
+    /// Dynamic shared memory that launches may ask for.
+    shared: u32,
+    report: KernelReport,
+}
+
+/// What the driver's compiler made of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelReport {
+    /// The entry point.
+    pub entry: String,
+    /// Architecture and file, as in `sm_80/rmsnorm`.
+    pub module: String,
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes of local memory of a thread: more than 0 means that registers were spilled.
+    pub local_bytes: u32,
+}
+
+impl fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CudaDevice").field("gpu", &self.gpu).field("target", &self.target).finish()
+    }
+}
+
+impl CudaDevice {
+    /// Opens a GPU.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] where there is none that the kernels can run on.
+    pub fn new(options: CudaOptions) -> Result<CudaDevice> {
+        let driver = Driver::start().map_err(Error::NoDevice)?;
+        let (asked, have) = (options.ordinal, driver.count()?);
+        if asked >= have {
+            let why = if have == 0 { NoDevice::NoGpu } else { NoDevice::Ordinal { asked, have } };
+            return Err(Error::NoDevice(why));
+        }
+        let (gpu, version) = (driver.gpu(asked)?, driver.version()?);
+        let (arch, notice) = architecture(&gpu, version).map_err(Error::NoDevice)?;
+        let target = target(&gpu, arch);
+        let context = Context::new(driver, asked)?;
+        let stream = Stream::new(context.clone())?;
+        Ok(CudaDevice {
+            graphs: HashMap::new(),
+            kernels: HashMap::new(),
+            modules: HashMap::new(),
+            ledger: Ledger::default(),
+            staging: Staging::new(&context, STAGING)?,
+            stream,
+            context,
+            gpu,
+            target,
+            library: Library::new(arch, options.kernels)?,
+            notices: notice.into_iter().collect(),
+            lost: None,
+        })
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// What a user should know: that slower kernels are used than the GPU could run, and why.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    /// The kernels that open plans brought in, by name.
+    pub fn kernels(&self) -> Vec<KernelReport> {
+        let mut all: Vec<KernelReport> = self.kernels.values().map(|k| k.report.clone()).collect();
+        all.sort_by(|a, b| a.entry.cmp(&b.entry));
+        all
+    }
+
+    /// An error of the driver, remembered if it is the last that this GPU answers.
+    fn failed(&mut self, f: Failure, during: &str) -> Error {
+        if !f.is_lasting() {
+            return f.into();
+        }
+        let lost = Error::Lost { code: f.name(), during: during.into() };
+        self.lost.get_or_insert(lost).clone()
+    }
+
+    fn usable(&self) -> Result<()> {
+        self.lost.clone().map_or(Ok(()), Err)
+    }
+
+    /// Refuses a plan that is larger than what is free, before anything is loaded or allocated.
+    fn has_room(&mut self, plan: &Plan) -> Result<()> {
+        let need = self.ledger.missing(plan)?.total();
+        let free = self.context.free().map_err(|f| self.failed(f, "opening a plan"))?;
+        if need > free {
+            return Err(Error::Memory { need, free: Some(free), what: "a plan".into() });
+        }
+        Ok(())
+    }
+
+    /// Compiles the kernels of a plan that are not there yet.
+    fn load(&mut self, plan: &Plan) -> Result<()> {
+        for step in &plan.steps {
+            for launch in &step.launches {
+                if let Launch::Kernel { entry, shared, .. } = launch {
+                    self.load_kernel(step, entry, *shared)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn load_kernel(&mut self, step: &Step, entry: &str, shared: u32) -> Result<()> {
+        /// What every kernel may ask for without being allowed to.
+        const FREELY: u32 = 48 << 10;
+        if !self.kernels.contains_key(entry) {
+            let loaded = self.compile(entry)?;
+            self.kernels.insert(entry.into(), loaded);
+        }
+        let Some(kernel) = self.kernels.get_mut(entry) else { return Ok(()) };
+        if shared > kernel.shared.max(FREELY) {
+            kernel.function.allow_shared(shared).map_err(|f| refused(step, entry, &f))?;
+            kernel.shared = shared;
+        }
+        Ok(())
+    }
+
+    fn compile(&mut self, entry: &str) -> Result<Loaded> {
+        let Some(kernel) = self.library.find(entry) else {
+            return Err(Error::Device(format!("{} has no kernel {entry}", self.target.arch)));
+        };
+        let text = &kernel.module;
+        let name = format!("{}/{}", text.arch, text.stem);
+        let key = (text.arch.to_string(), text.stem.to_string());
+        let refuse = |f: &Failure, log: String| {
+            if f.is_unsupported_ptx() {
+                let need = resolve::version(&text.text).map_or((0, 0), cuda_for);
+                let have = self.context.version().unwrap_or((0, 0));
+                return Error::NoDevice(NoDevice::DriverTooOld { have, need });
+            }
+            Error::Compile { entry: entry.into(), module: name.clone(), code: f.name(), log }
+        };
+        let module = match self.modules.get(&key) {
+            Some(module) => module.clone(),
+            None => Arc::new(Module::load(&self.context, &text.text).map_err(|(f, log)| refuse(&f, log))?),
+        };
+        let function = module.function(entry).map_err(|f| refuse(&f, String::new()))?;
+        let (registers, local_bytes) = function.registers_and_local()?;
+        let report = KernelReport { entry: entry.into(), module: name, registers, local_bytes };
+        self.modules.insert(key, module);
+        Ok(Loaded { function, shared: 0, report })
+    }
+
+    /// Queues what a step executes.
+    fn queue(&self, id: PlanId, step: &Step) -> Result<(), Stop> {
+        let mut places = Addresses { ledger: &self.ledger, id, context: &self.context };
+        for command in resolve::commands(step, &self.target, &self.library, &mut places)? {
+            let queued = match &command {
+                Command::Kernel(call) => self.launch(self.loaded(call)?, call),
+                Command::Fill { what, byte } => self.stream.fill(what.address, *byte, what.bytes as usize),
+                Command::Copy { from, to } => self.stream.copy(from.address, to.address, to.bytes as usize),
+            };
+            let entry = match &command {
+                Command::Kernel(call) => call.kernel.entry.name.as_str(),
+                Command::Fill { .. } => "a fill",
+                Command::Copy { .. } => "a copy",
+            };
+            queued.map_err(
+                |f| if f.is_lasting() { Stop::Driver(f) } else { refused(step, entry, &f).into() },
+            )?;
+        }
+        Ok(())
+    }
+
+    fn loaded(&self, call: &Call<'_>) -> Result<&Loaded> {
+        let name = &call.kernel.entry.name;
+        self.kernels.get(name).ok_or_else(|| Error::Device(format!("kernel {name} is not loaded")))
+    }
+
+    fn launch(&self, kernel: &Loaded, call: &Call<'_>) -> Result<(), Failure> {
+        let shape = Shape { grid: call.grid, block: call.block, cluster: call.cluster, shared: call.shared };
+        let offsets: Vec<u32> = call.kernel.entry.params.iter().map(|p| p.offset).collect();
+        self.stream.launch(&kernel.function, &shape, &mut call.params.clone(), &offsets)
+    }
+
+    /// The graph of a plan, recorded anew where the arena has moved since.
+    fn record(&mut self, id: PlanId) -> Result<()> {
+        let (moves, plan) = (self.ledger.moves(), self.ledger.plan(id)?.clone());
+        if self.graphs.get(&id).is_some_and(|r| r.moves == moves) {
+            return Ok(());
+        }
+        let is_idle = |s: &Step| s.is_view() || s.outs.iter().all(|o| o.spec.bytes() == 0);
+        let graph = if plan.steps.iter().all(is_idle) {
+            None
+        } else {
+            let recorded = self.stream.capture(|| plan.steps.iter().try_for_each(|s| self.queue(id, s)));
+            Some(recorded.map_err(|stop| self.stopped(stop, "the recording of a plan"))?)
+        };
+        self.graphs.insert(id, Recorded { graph, moves });
+        Ok(())
+    }
+
+    fn stopped(&mut self, stop: Stop, during: &str) -> Error {
+        match stop {
+            Stop::Driver(f) => self.failed(f, during),
+            Stop::Error(e) => e,
+        }
+    }
+
+    fn time(&mut self, id: PlanId) -> Result<Vec<Duration>> {
+        let plan = self.ledger.plan(id)?.clone();
+        let (start, end) = (Event::new(&self.context)?, Event::new(&self.context)?);
+        let mut times = Vec::with_capacity(plan.steps.len());
+        for step in &plan.steps {
+            let timed = start.record(&self.stream).map_err(Stop::from).and_then(|()| {
+                self.queue(id, step)?;
+                end.record(&self.stream)?;
+                end.wait()?;
+                Ok(end.since(&start)?)
+            });
+            times.push(timed.map_err(|stop| self.stopped(stop, &describe(step)))?);
+        }
+        Ok(times)
+    }
+}
+
+/// A step and its kernels, for an error.
+fn describe(step: &Step) -> String {
+    let entry = |l: &Launch| match l {
+        Launch::Kernel { entry, .. } => Some(entry.clone()),
+        _ => None,
+    };
+    let entries: Vec<String> = step.launches.iter().filter_map(entry).collect();
+    format!("{} ({}), applied at {}", step.op.name(), entries.join(", "), step.at)
+}
+
+/// What ends the queueing of a plan.
+enum Stop {
+    Driver(Failure),
+    Error(Error),
+}
+
+impl From<Failure> for Stop {
+    fn from(f: Failure) -> Stop {
+        Stop::Driver(f)
+    }
+}
+
+impl From<Error> for Stop {
+    fn from(e: Error) -> Stop {
+        Stop::Error(e)
+    }
+}
+
+fn refused(step: &Step, entry: &str, f: &Failure) -> Error {
+    let why = format!("the driver says {}", f.name());
+    Error::Launch { op: step.op.name(), at: step.at, entry: entry.into(), why }
+}
+
+impl Device for CudaDevice {
+    fn target(&self) -> Option<Target> {
+        Some(self.target)
+    }
+
+    fn open(&mut self, plan: Arc<Plan>) -> Result<PlanId> {
+        self.usable()?;
+        self.has_room(&plan)?;
+        resolve::check(&plan, &self.target, &self.library)?;
+        self.load(&plan)?;
+        let (stream, context) = (&self.stream, &self.context);
+        let mut lasting = None;
+        let opened = self.ledger.open(plan, |bytes, what| {
+            Buffer::zeroed(stream, bytes).map_err(|f| {
+                if f.is_lasting() {
+                    lasting = Some(f.clone());
+                }
+                match f.is_out_of_memory() {
+                    true => {
+                        let free = context.free().ok();
+                        Error::Memory { need: bytes as u64, free, what: what.into() }
+                    }
+                    false => f.into(),
+                }
+            })
+        });
+        lasting.map_or(opened, |f| Err(self.failed(f, "opening a plan")))
+    }
+
+    fn close(&mut self, plan: PlanId) {
+        self.graphs.remove(&plan);
+        self.ledger.close(plan);
+    }
+
+    fn write(&mut self, at: Place<'_>, data: View<'_>) -> Result<()> {
+        self.usable()?;
+        let (block, offset) = self.ledger.target(at, data.dtype(), data.len())?;
+        let to = block.at() + offset as u64;
+        let written = self.staging.write(&self.stream, data.bytes(), to);
+        written.map_err(|f| self.failed(f, "a write, or what ran before it"))
+    }
+
+    fn read(&mut self, at: Place<'_>, mut into: ViewMut<'_>) -> Result<()> {
+        self.usable()?;
+        let (block, offset) = self.ledger.source(at, into.dtype(), into.len())?;
+        let from = block.at() + offset as u64;
+        let read = self.staging.read(&self.stream, from, into.bytes());
+        read.map_err(|f| self.failed(f, "a read, or what ran before it"))
+    }
+
+    fn fetch(&mut self, at: Place<'_>) -> Result<Host> {
+        let (_, _, spec) = self.ledger.find(at)?;
+        let mut host = Host::zeros(spec);
+        self.read(at, host.view_mut())?;
+        Ok(host)
+    }
+
+    fn run(&mut self, plan: PlanId) -> Result<()> {
+        self.usable()?;
+        self.record(plan)?;
+        let Some(graph) = self.graphs.get_mut(&plan).and_then(|r| r.graph.as_mut()) else { return Ok(()) };
+        let replayed = self.stream.replay(graph);
+        replayed.map_err(|f| self.failed(f, "a run, or what ran before it"))
+    }
+
+    fn profile(&mut self, plan: PlanId) -> Result<Vec<Duration>> {
+        self.usable()?;
+        self.time(plan)
+    }
+}
+
+/// Where a plan's operands lie.
+struct Addresses<'a> {
+    ledger: &'a Ledger<Buffer>,
+    id: PlanId,
+    context: &'a Context,
+}
+
+impl Places for Addresses<'_> {
+    fn address(&mut self, _: Operand, slot: &Slot) -> Result<u64> {
+        if slot.spec.bytes() == 0 {
+            return Ok(0);
+        }
+        Ok(self.ledger.block(self.id, slot.segment)?.at() + slot.offset as u64)
+    }
+
+    fn tensor_map(&mut self, address: u64, geometry: &Geometry) -> Result<[u8; TENSOR_MAP]> {
+        Ok(self.context.tensor_map(address, geometry)?)
+    }
+}
+
+/// What the plans of a GPU are lowered for. The peak follows from its clock.
+fn target(gpu: &Gpu, arch: &'static str) -> Target {
+    /// Dense bf16 operations of a multiprocessor in a clock, by compute capability.
+    fn rate(capability: (u32, u32)) -> f64 {
+        match capability {
+            (8, 0) => 2048.0,
+            (9, _) => 4096.0,
+            (10, _) => 8192.0,
+            _ => 1024.0,
+        }
+    }
+    Target {
+        name: arch,
+        arch,
+        sms: gpu.sms,
+        shared: gpu.shared,
+        l2: gpu.l2,
+        peak: rate(gpu.capability) * f64::from(gpu.sms) * gpu.clock as f64,
+    }
+}
+
+/// Which kernels a GPU runs under a driver of this CUDA version, and what to tell if there are better.
+fn architecture(gpu: &Gpu, version: (u32, u32)) -> Result<(&'static str, Option<String>), NoDevice> {
+    let shipped = shipped();
+    let needs = |arch| shipped.iter().find(|s| s.arch == arch).map_or((11, 0), |s| cuda_for(s.ptx));
+    if gpu.capability < (8, 0) {
+        return Err(NoDevice::Capability { name: gpu.name.clone(), have: gpu.capability });
+    }
+    if version < needs("sm_80") {
+        return Err(NoDevice::DriverTooOld { have: version, need: needs("sm_80") });
+    }
+    let name = &gpu.name;
+    if gpu.capability == (9, 0) && version >= needs("sm_90a") {
+        return Ok(("sm_90a", None));
+    }
+    let notice = if gpu.capability == (9, 0) {
+        let (major, minor) = needs("sm_90a");
+        Some(format!("{name}: sm_80 kernels are used; its own need a driver for CUDA {major}.{minor}"))
+    } else if gpu.capability > (9, 0) {
+        Some(format!("{name}: sm_80 kernels are used; there are none of its own yet"))
+    } else {
+        None
+    };
+    Ok(("sm_80", notice))
+}
+
+/// The CUDA version whose drivers first read a PTX version.
+pub fn cuda_for(ptx: (u32, u32)) -> (u32, u32) {
+    match ptx {
+        (0..=6, _) => (10, 2),
+        (7, minor) => (11, minor),
+        (8, minor @ 0..=5) => (12, minor),
+        (8, minor) => (12, minor + 1),
+        (9, minor) => (13, minor),
+        (major, minor) => (major + 4, minor),
+    }
+}
+
+/// The highest PTX version that the drivers of a CUDA version read.
+pub fn ptx_for(cuda: (u32, u32)) -> (u32, u32) {
+    match cuda {
+        (0..=10, _) => (6, 5),
+        (11, minor) => (7, minor),
+        (12, minor @ 0..=5) => (8, minor),
+        (12, minor) => (8, minor - 1),
+        (13, minor) => (9, minor),
+        (major, minor) => (major - 4, minor),
+    }
+}
+
+/// The shipped kernels of an architecture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shipped {
+    /// The architecture.
+    pub arch: String,
+    /// How many entry points.
+    pub kernels: usize,
+    /// The highest version of their PTX.
+    pub ptx: (u32, u32),
+}
+
+/// The shipped kernels by architecture.
+pub fn shipped() -> Vec<Shipped> {
+    let mut all: Vec<Shipped> = Vec::new();
+    for m in transfusion_ptx::modules().iter().filter(|m| !m.is_ladder()) {
+        let kernels = m.entries().map_or(0, |entries| entries.len());
+        let ptx = resolve::version(&m.text).unwrap_or_default();
+        match all.iter_mut().find(|s| s.arch == m.arch) {
+            Some(s) => (s.kernels, s.ptx) = (s.kernels + kernels, s.ptx.max(ptx)),
+            None => all.push(Shipped { arch: m.arch.to_string(), kernels, ptx }),
+        }
+    }
+    all
+}
+
+/// What there is of CUDA on this machine, for `transfusion doctor`.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    /// The file of the driver's library, where the system tells.
+    pub library: Option<std::path::PathBuf>,
+    /// The CUDA version that the driver serves.
+    pub version: Option<(u32, u32)>,
+    /// The GPUs, each with the architecture of the kernels that would be used, or why it cannot be.
+    pub gpus: Vec<(Gpu, Result<&'static str, NoDevice>)>,
+    /// Why no GPU can be used.
+    pub problem: Option<NoDevice>,
+    /// Whether NVRTC, which only compiles changed kernels, was found.
+    pub nvrtc: bool,
+}
+
+/// Looks what there is of CUDA on this machine; it takes no memory of a GPU.
+pub fn survey() -> Survey {
+    let mut survey = Survey { nvrtc: driver::has_nvrtc(), ..Survey::default() };
+    let started = Driver::start();
+    survey.library = driver::library();
+    let found = started.and_then(|driver| {
+        let unwell = |f: Failure| NoDevice::NoStart { code: f.name() };
+        let version = driver.version().map_err(unwell)?;
+        survey.version = Some(version);
+        for ordinal in 0..driver.count().map_err(unwell)? {
+            let gpu = driver.gpu(ordinal).map_err(unwell)?;
+            let arch = architecture(&gpu, version).map(|(arch, _)| arch);
+            survey.gpus.push((gpu, arch));
+        }
+        match survey.gpus.iter().find_map(|(_, arch)| arch.as_ref().err()) {
+            _ if survey.gpus.is_empty() => Err(NoDevice::NoGpu),
+            Some(why) if survey.gpus.iter().all(|(_, arch)| arch.is_err()) => Err(why.clone()),
+            _ => Ok(()),
+        }
+    });
+    survey.problem = found.err();
+    survey
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(capability: (u32, u32)) -> Gpu {
+        let (memory, sms, shared, l2, clock) = (80 << 30, 132, 227 << 10, 50 << 20, 1_830_000_000);
+        Gpu { name: "GPU".into(), capability, memory, sms, shared, l2, clock }
+    }
+
+    #[test]
+    fn kernels_suit_the_gpu_and_the_driver() {
+        assert_eq!(architecture(&gpu((8, 6)), (13, 0)), Ok(("sm_80", None)));
+        assert_eq!(architecture(&gpu((9, 0)), (13, 0)), Ok(("sm_90a", None)));
+        let (arch, notice) = architecture(&gpu((12, 0)), (13, 0)).unwrap();
+        assert!(arch == "sm_80" && notice.is_some_and(|n| n.contains("none of its own")));
+        assert!(matches!(architecture(&gpu((7, 5)), (13, 0)), Err(NoDevice::Capability { .. })));
+        let old = architecture(&gpu((8, 0)), (10, 2));
+        assert!(matches!(old, Err(NoDevice::DriverTooOld { have: (10, 2), .. })), "{old:?}");
+    }
+
+    #[test]
+    fn a_peak_follows_from_the_clock() {
+        let peak = target(&gpu((9, 0)), "sm_90a").peak;
+        assert!((peak / Target::H200.peak - 1.0).abs() < 0.01, "{peak}");
+        let a100 = Gpu { sms: 108, clock: 1_410_000_000, ..gpu((8, 0)) };
+        assert!((target(&a100, "sm_80").peak / Target::A100.peak - 1.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn ptx_and_cuda_versions_name_each_other() {
+        for (ptx, cuda) in [((7, 0), (11, 0)), ((7, 8), (11, 8)), ((8, 0), (12, 0)), ((8, 5), (12, 5))] {
+            assert_eq!((cuda_for(ptx), ptx_for(cuda)), (cuda, ptx));
+        }
+        // CUDA 12.6 stayed at 8.5.
+        assert_eq!([(12, 6), (12, 8), (12, 9), (13, 0)].map(ptx_for), [(8, 5), (8, 7), (8, 8), (9, 0)]);
+        assert_eq!([(8, 6), (8, 7), (8, 8), (9, 0)].map(cuda_for), [(12, 7), (12, 8), (12, 9), (13, 0)]);
+    }
+}

@@ -1,0 +1,6 @@
+// Written by `ptxc build`.
+use crate::Module;
+
+#[rustfmt::skip]
+pub(crate) const MODULES: &[Module] = &[
+];
