@@ -12,6 +12,7 @@ use std::{
     io::{self, Read},
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 /// A wheel of PyPI, by hash.
