@@ -7,7 +7,7 @@ pub const STAMP: &str = "// sha256 of source, includes and flags: ";
 /// What needs more than the floor of an architecture that has it: a word of the text, `*` standing for any
 /// characters, and the first `.version` that knows it. A test holds each line against ptxas. A word that is missing
 /// here makes `ptxc report` fail, and never a module that no driver takes.
-const NEEDS: [(&str, Version); 29] = [
+const NEEDS: [(&str, Version); 28] = [
     ("mma.sp.*", Version(7, 1)),
     ("mbarrier.test_wait.parity*", Version(7, 1)),
     ("cvt.f32.bf16", Version(7, 1)),
@@ -36,7 +36,6 @@ const NEEDS: [(&str, Version); 29] = [
     ("used_bytes_mask", Version(8, 3)),
     ("mma.*.e4m3.*", Version(8, 4)),
     ("mma.*.e5m2.*", Version(8, 4)),
-    ("cvt.*.e4m3x2.*", Version(8, 1)),
 ];
 
 /// The committed form of what NVRTC wrote: the stamp first, no comment that names a build of the compiler,

@@ -211,7 +211,7 @@ fn spills_are_refused() {
 }
 
 /// Instructions, the architecture that has them, and the version below which ptxas does not know them.
-const NEWER: [(Arch, &str, (u32, u32)); 29] = [
+const NEWER: [(Arch, &str, (u32, u32)); 32] = [
     (Arch::Sm80, "ld.global.nc.v4.u32 {%r1,%r2,%r3,%r4}, [%d1];", (7, 0)),
     (Arch::Sm80, "cp.async.cg.shared.global [%r1], [%d1], 16;", (7, 0)),
     (Arch::Sm80, "cvt.rn.bf16x2.f32 %r1, %f2, %f3;", (7, 0)),
@@ -259,6 +259,14 @@ const NEWER: [(Arch, &str, (u32, u32)); 29] = [
          {%f1,%f2,%f3,%f4};",
         (8, 4),
     ),
+    (
+        Arch::Sm90a,
+        "mma.sync.aligned.m16n8k32.row.col.f32.e5m2.e5m2.f32 {%f1,%f2,%f3,%f4},{%r1,%r2,%r3,%r4},{%r5,%r6},\
+         {%f1,%f2,%f3,%f4};",
+        (8, 4),
+    ),
+    (Arch::Sm90a, "mov.u32 %r1, %aggr_smem_size;", (8, 1)),
+    (Arch::Sm90a, "mov.b128 %q, {%d1, %d2};", (8, 3)),
 ];
 
 #[test]
@@ -267,6 +275,7 @@ fn the_version_is_the_lowest_that_ptxas_takes() {
     let ptxas = Ptxas::open(&tools).unwrap();
     let place = Place::new("version");
     for (arch, code, (major, minor)) in NEWER {
+        let code = if code.contains("%q") { format!(".reg .b128 %q; {code}") } else { code.to_string() };
         let raw = format!(
             ".version 8.4\n.target {arch}\n.address_size 64\n.visible .entry f()\n{{\n.reg .b16 %h<9>; .reg .b32 %r<9>;\n\
              .reg .b64 %d<9>; .reg .f32 %f<9>; .reg .pred %p<3>;\n{code}\nret;\n}}\n"

@@ -202,35 +202,34 @@ fn a_file_says_what_it_is_compiled_for() {
 }
 
 #[test]
+fn includes_are_found_beside_the_file_and_in_common() {
+    let place = Place::new("found");
+    let names = |text: &str| {
+        place.write("kernels-cu/op.cu", text);
+        place.source().headers.into_iter().map(|h| h.name).collect::<Vec<_>>()
+    };
+    assert_eq!(names("  #  include \"common/one.cuh\"\n"), ["common/one.cuh"]);
+    assert_eq!(names("#include \"pair.cuh\"\n#include \"one.cuh\"\n"), ["pair.cuh", "one.cuh"]);
+}
+
+#[test]
 fn includes_that_cannot_be_stamped_are_refused_by_line() {
     let place = Place::new("include");
+    let refused = |text: &str| {
+        place.write("kernels-cu/op.cu", text);
+        match Source::read(&place.path("kernels-cu/op.cu"), "op", &place.tree().include()) {
+            Err(Error::Source { path, line, why }) => (path.file_name().unwrap().to_os_string(), line, why),
+            other => panic!("{other:?}"),
+        }
+    };
+    let (file, line, why) = refused("\n#include <cuda_bf16.h>\n");
+    assert!(file == "op.cu" && line == 2 && why.starts_with("only #include \"...\""), "{why}");
+    let (file, line, why) = refused("#include \"none.cuh\"\n");
+    assert!(file == "op.cu" && line == 1 && why.starts_with("none.cuh is neither beside"), "{why}");
+    let (file, line, why) = refused("#include \"common/one.cuh\"\n#include \"pair.cuh\"\n");
+    let one_name = "one.cuh is already included as common/one.cuh; use one name";
+    assert_eq!((file.to_str(), line, why.as_str()), (Some("pair.cuh"), 2, one_name));
     place.write("kernels-cu/one.cuh", "");
-    let error = |includes: &str| {
-        place.write("kernels-cu/op.cu", &format!("// An op.\n{includes}\n"));
-        let read = Source::read(&place.path("kernels-cu/op.cu"), "op", &place.tree().include());
-        let error = read.unwrap_err().to_string();
-        error.rsplit_once("kernels-cu/").unwrap().1.to_string()
-    };
-    let read = |includes: &str| {
-        place.write("kernels-cu/op.cu", includes);
-        let source = place.source();
-        source.headers.into_iter().map(|h| h.name).collect::<Vec<_>>()
-    };
-    assert_eq!(read("  #  include \"common/one.cuh\"\n"), ["common/one.cuh"]);
-    assert_eq!(read("#include \"pair.cuh\"\n"), ["pair.cuh", "one.cuh"]);
-
-    let found = error("#include <cuda_bf16.h>");
-    assert!(found.starts_with("op.cu:2: only #include \"...\""), "{found}");
-    let missing = place.0.display().to_string();
-    place.write("kernels-cu/op.cu", "\n#include \"none.cuh\"\n");
-    let found =
-        Source::read(&place.path("kernels-cu/op.cu"), "op", &place.tree().include()).unwrap_err().to_string();
-    assert!(
-        found.starts_with(&format!("{missing}/kernels-cu/op.cu:2: none.cuh is neither beside")),
-        "{found}"
-    );
-    let found = error("#include \"common/one.cuh\"\n#include \"pair.cuh\"");
-    assert!(found.ends_with("common/one.cuh; use one name") || found.contains("use one name"), "{found}");
-    let found = error("#include \"one.cuh\"\n#include \"pair.cuh\"");
-    assert!(found.contains("one.cuh means") || found.ends_with("one.cuh here"), "{found}");
+    let (file, line, why) = refused("#include \"one.cuh\"\n#include \"pair.cuh\"\n");
+    assert!(file == "pair.cuh" && line == 2 && why.starts_with("one.cuh means "), "{why}");
 }
