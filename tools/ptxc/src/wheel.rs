@@ -12,6 +12,7 @@ use std::{
     io::{self, Read},
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 /// A wheel of PyPI, by hash.
@@ -170,9 +171,10 @@ impl Work {
     fn new(cache: &Path) -> Result<Work> {
         fs::create_dir_all(cache).map_err(|e| Error::file(cache, e))?;
         Work::sweep(cache);
-        let path =
-            cache.join(format!("{}{}-{:?}", Work::PREFIX, std::process::id(), std::thread::current().id()));
-        fs::create_dir_all(&path).map_err(|e| Error::file(&path, e))?;
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = cache.join(format!("{}{}-{count}", Work::PREFIX, std::process::id()));
+        fs::create_dir(&path).map_err(|e| Error::file(&path, e))?;
         Ok(Work(path))
     }
 
