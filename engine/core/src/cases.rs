@@ -50,6 +50,9 @@ pub struct Case {
     pub differentiable: bool,
     /// Whether it is too large for central differences: a smaller case checks the same formula.
     pub large: bool,
+    /// Whether the op meets parameters themselves, so that it adds gradients to their accumulators,
+    /// instead of copies.
+    pub accumulating: bool,
     build: Build,
 }
 
@@ -72,6 +75,7 @@ impl Case {
             inputs: vec![],
             differentiable: true,
             large: false,
+            accumulating: false,
             build: Box::new(build),
         }
     }
@@ -120,6 +124,12 @@ impl Case {
         self
     }
 
+    /// Hands the parameters themselves to the op: for ops that replace none of them.
+    pub fn accumulating(mut self) -> Case {
+        self.accumulating = true;
+        self
+    }
+
     /// The type of input `i` when floats are `float`.
     fn spec(&self, i: usize, float: DType) -> Spec {
         let c = &self.inputs[i];
@@ -138,8 +148,8 @@ impl Case {
             .collect()
     }
 
-    /// The graph: float inputs are parameters (copied, so that in-place ops spare them), integers and
-    /// constants are inputs, outputs are named `out0`, `out1`, ...
+    /// The graph: float inputs are parameters (copied, so that in-place ops spare them, unless the case
+    /// is [`Case::accumulating`]), integers and constants are inputs, outputs are named `out0`, `out1`, ...
     ///
     /// # Errors
     /// If the op refuses the case.
@@ -151,7 +161,7 @@ impl Case {
             if !input.constant {
                 let p = g.state(Kind::Param, &format!("in{i}"), spec.shape, spec.dtype);
                 params.push(p);
-                ins.push(g.cast(p, spec.dtype));
+                ins.push(if self.accumulating { p } else { g.cast(p, spec.dtype) });
             } else {
                 ins.push(g.input(&format!("in{i}"), spec.shape, spec.dtype));
             }

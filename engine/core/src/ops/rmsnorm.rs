@@ -179,5 +179,6 @@ pub(super) fn cases() -> Vec<Case> {
         (257, 320),
     ];
     let large = large.into_iter().map(|(n, c)| case(n, c).large());
-    small.into_iter().map(|(n, c)| case(n, c)).chain(large).collect()
+    let sums = [(37, 40), (301, 1024), (5, 1032)].map(|(n, c)| case(n, c).accumulating().large());
+    small.into_iter().map(|(n, c)| case(n, c)).chain(large).chain(sums).collect()
 }
