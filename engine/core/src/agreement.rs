@@ -7,16 +7,16 @@
 use crate::{
     cases::{Case, Fill, contents},
     device::{CpuDevice, CpuOptions, Device, Place, PlanId},
-    error::Result,
+    error::{Error, Result},
     graph::{Graph, Role},
     launch::{Cost, Target},
-    op::{Memory, Op},
+    op::{Kind, Memory, Op},
     plan::Plan,
     tensor::{DType, Host, Spec, Tensor},
 };
 use std::{collections::HashMap, fmt, sync::Arc};
 
-/// One application of an op to given numbers, and what its results should be.
+/// One application of an op to given numbers.
 #[derive(Clone, Debug)]
 pub struct Application {
     /// The op.
@@ -25,6 +25,11 @@ pub struct Application {
     pub specs: Vec<Spec>,
     /// The operands.
     pub ins: Vec<Host>,
+}
+
+/// What the results of an application should be.
+#[derive(Clone, Debug)]
+pub struct Expected {
     /// Types of the results.
     pub outs: Vec<Spec>,
     /// The results as an unfused implementation stores them.
@@ -65,32 +70,24 @@ impl fmt::Display for Worst {
 }
 
 /// Every application of an op in the program of a case, forward and backward, when floats are stored as
-/// `float`. Views are left out.
+/// `float`. Views are left out. What one yields to the next is computed on `device`, or on the CPU where
+/// that lacks a kernel.
 ///
 /// # Errors
-/// If an op refuses the case.
-pub fn applications(case: &Case, float: DType) -> Result<Vec<Application>> {
+/// If an op refuses the case, or the device fails.
+pub fn applications(case: &Case, float: DType, device: &mut dyn Device) -> Result<Vec<Application>> {
     let g = case.graph(float, case.differentiable)?;
-    let mut values: HashMap<Tensor, Host> = HashMap::new();
-    let mut given = case.values(float).into_iter();
-    for (i, value) in g.values().iter().enumerate() {
-        let host = match value.role {
-            Role::Temp => continue,
-            _ if value.name.starts_with("in") && value.role != Role::State(crate::op::Kind::Grad) => {
-                given.next()
-            }
-            _ => None,
-        };
-        let random = || contents(value.spec, &Fill::Normal(1.0), 2000 + i as u64);
-        values.insert(Tensor(i as u32), host.unwrap_or_else(random));
-    }
+    let mut values = given(case, float, &g);
     let mut all = Vec::new();
     for node in g.nodes() {
-        let ins: Vec<Host> = node.ins.iter().filter_map(|t| values.get(t).cloned()).collect();
+        let ins = node.ins.iter().filter_map(|t| values.get(t).cloned()).collect();
         let specs = node.ins.iter().map(|&t| g.spec(t)).collect();
-        let application = Application::new(node.op.clone(), specs, ins)?;
-        let exact = application.run(&mut cpu()?)?;
-        values.extend(node.outs.iter().copied().zip(exact));
+        let application = Application { op: node.op.clone(), specs, ins };
+        let outs = match application.run(device) {
+            Err(Error::NoKernel { .. }) => application.run(&mut cpu()?)?,
+            other => other?,
+        };
+        values.extend(node.outs.iter().copied().zip(outs));
         if !(0..node.outs.len()).all(|o| matches!(node.op.memory(o), Memory::View { .. })) {
             all.push(application);
         }
@@ -98,28 +95,50 @@ pub fn applications(case: &Case, float: DType) -> Result<Vec<Application>> {
     Ok(all)
 }
 
-fn cpu() -> Result<CpuDevice> {
+/// What the host writes before a run: the case's inputs, and random gradients to start from.
+fn given(case: &Case, float: DType, g: &Graph) -> HashMap<Tensor, Host> {
+    let mut inputs = case.values(float).into_iter();
+    let mut values = HashMap::new();
+    for (i, value) in g.values().iter().enumerate() {
+        let host = match value.role {
+            Role::Temp => continue,
+            Role::Input | Role::State(Kind::Param) if value.name.starts_with("in") => inputs.next(),
+            _ => None,
+        };
+        let random = || contents(value.spec, &Fill::Normal(1.0), 2000 + i as u64);
+        values.insert(Tensor(i as u32), host.unwrap_or_else(random));
+    }
+    values
+}
+
+/// A CPU that shows reads of what nothing wrote.
+///
+/// # Errors
+/// If its thread cannot be started.
+pub fn cpu() -> Result<CpuDevice> {
     CpuDevice::new(CpuOptions { threads: 1, poison: true })
 }
 
 impl Application {
-    /// An application to operands of these types, run on the CPU.
+    /// What it should yield, by the CPU.
     ///
     /// # Errors
-    /// If the op refuses them.
-    pub fn new(op: Arc<dyn Op>, specs: Vec<Spec>, ins: Vec<Host>) -> Result<Application> {
-        let mut a = Application { op, specs, ins, outs: vec![], plain: vec![], yardstick: vec![] };
-        let (g, outs) = a.graph();
+    /// If the op refuses the operands.
+    pub fn expected(&self) -> Result<Expected> {
+        let (g, outs) = self.graph();
         g.check()?;
-        a.outs = outs.iter().map(|&t| g.spec(t)).collect();
-        let wide = a.widened(DType::F64).run(&mut cpu()?);
-        let wide = wide.or_else(|_| a.widened(DType::F32).run(&mut cpu()?))?;
-        a.yardstick = wide.iter().map(Host::to_f64).collect();
-        a.plain = match a.op.plain(&a.specs, &a.ins) {
+        let mut cpu = cpu()?;
+        let wide = self.widened(DType::F64).run(&mut cpu);
+        let wide = wide.or_else(|_| self.widened(DType::F32).run(&mut cpu))?;
+        let plain = match self.op.plain(&self.specs, &self.ins) {
             Some(plain) => plain,
-            None => a.run(&mut cpu()?)?,
+            None => self.run(&mut cpu)?,
         };
-        Ok(a)
+        Ok(Expected {
+            outs: outs.iter().map(|&t| g.spec(t)).collect(),
+            plain,
+            yardstick: wide.iter().map(Host::to_f64).collect(),
+        })
     }
 
     /// The same numbers in wider floats.
@@ -130,14 +149,8 @@ impl Application {
             same if same == s.dtype => host.clone(),
             other => Host::from_f64(other, host.to_f64()),
         });
-        Application {
-            ins: ins.collect(),
-            specs: self.specs.iter().map(|s| Spec { dtype: wide(s.dtype), ..*s }).collect(),
-            op: self.op.clone(),
-            outs: vec![],
-            plain: vec![],
-            yardstick: vec![],
-        }
+        let specs = self.specs.iter().map(|s| Spec { dtype: wide(s.dtype), ..*s });
+        Application { ins: ins.collect(), specs: specs.collect(), op: self.op.clone() }
     }
 
     /// The program of this one application: inputs `in0`, `in1`, ..., outputs `out0`, `out1`, ...
@@ -159,8 +172,7 @@ impl Application {
     /// # Errors
     /// If the op refuses its operands or has no kernel for them.
     pub fn plan(&self, target: Option<&Target>) -> Result<Plan> {
-        let (g, _) = self.graph();
-        target.map_or_else(|| Plan::new(&g), |t| Plan::lowered(&g, t))
+        Plan::on(&self.graph().0, target)
     }
 
     /// Opens it on a device and writes its operands.
@@ -191,22 +203,27 @@ impl Application {
         results
     }
 
+    /// What it costs.
+    pub fn cost(&self) -> Cost {
+        let (g, outs) = self.graph();
+        let outs: Vec<Spec> = outs.iter().map(|&t| g.spec(t)).collect();
+        self.op.cost(&self.specs, &outs)
+    }
+}
+
+impl fmt::Display for Application {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.op.name())?;
+        self.specs.iter().try_for_each(|s| write!(f, " {s:?}"))
+    }
+}
+
+impl Expected {
     /// How near results came to the bound, each at its worst.
     pub fn compare(&self, have: &[Host]) -> Vec<Worst> {
         let each = self.outs.iter().zip(have).zip(self.plain.iter().zip(&self.yardstick)).enumerate();
         each.map(|(i, ((spec, have), (plain, want)))| worst(i, *spec, &have.to_f64(), &plain.to_f64(), want))
             .collect()
-    }
-
-    /// What it costs.
-    pub fn cost(&self) -> Cost {
-        self.op.cost(&self.specs, &self.outs)
-    }
-
-    /// Types of operands and results, readably.
-    pub fn describe(&self) -> String {
-        let list = |specs: &[Spec]| specs.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(" ");
-        format!("{} {} <- {}", self.op.name(), list(&self.outs), list(&self.specs))
     }
 }
 
@@ -289,28 +306,32 @@ mod tests {
         assert!(!judge(DType::I32, 2, &[3.0, -6.0], &want, &want).holds());
     }
 
+    /// Every application of the cases that the CPU checks.
+    fn all(float: DType) -> Vec<Application> {
+        let cases = crate::cases::all();
+        let of = |case: &Case| applications(case, float, &mut cpu().unwrap()).unwrap();
+        cases.iter().filter(|c| !c.large).flat_map(of).collect()
+    }
+
     #[test]
     fn plain_results_are_rough_but_right() {
-        for a in crate::cases::all().iter().flat_map(|case| applications(case, DType::Bf16).unwrap()) {
-            for (plain, want) in a.plain.iter().zip(&a.yardstick) {
+        for a in all(DType::Bf16) {
+            let expected = a.expected().unwrap();
+            for (plain, want) in expected.plain.iter().zip(&expected.yardstick) {
                 let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
                 let size = norm(&mut want.iter().copied().filter(|x| x.is_finite()));
                 let off = norm(&mut plain.to_f64().iter().zip(want).map(|(p, w)| error(*p, *w)));
-                assert!(off <= 0.02 * size.max(1e-2), "{}: {off:.1e} of {size:.1e}", a.describe());
+                assert!(off <= 0.02 * size.max(1e-2), "{a}: {off:.1e} of {size:.1e}");
             }
         }
     }
 
     #[test]
     fn the_cpu_agrees_with_itself() {
-        for case in crate::cases::all() {
-            for float in [DType::F32, DType::Bf16] {
-                for a in applications(&case, float).unwrap() {
-                    let have = a.run(&mut cpu().unwrap()).unwrap();
-                    for w in a.compare(&have) {
-                        assert!(w.holds(), "{case:?}, {}: {w}", a.describe());
-                    }
-                }
+        for a in [DType::F32, DType::Bf16].into_iter().flat_map(all) {
+            let have = a.run(&mut cpu().unwrap()).unwrap();
+            for w in a.expected().unwrap().compare(&have) {
+                assert!(w.holds(), "{a}: {w}");
             }
         }
     }
