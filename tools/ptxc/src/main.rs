@@ -2,6 +2,7 @@
 use clap::{Parser, Subcommand};
 use std::{
     ffi::OsString,
+    io::{ErrorKind, Write},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -126,8 +127,7 @@ impl Cli {
         let text = std::fs::read_to_string(file).map_err(|e| file_error(file, e))?;
         let target = text.lines().find_map(|l| l.strip_prefix(".target ")).unwrap_or_default();
         let arch = parse_arch(file, target.split(',').next().unwrap_or_default().trim())?;
-        print!("{}", Ptxas::open(&self.cache())?.sass(&self.cache(), file, arch)?);
-        Ok(())
+        print(&Ptxas::open(&self.cache())?.sass(&self.cache(), file, arch)?)
     }
 
     fn compile(
@@ -148,10 +148,7 @@ impl Cli {
         }
         match out {
             Some(path) => std::fs::write(path, compiled.ptx).map_err(|e| file_error(path, e)),
-            None => {
-                print!("{}", compiled.ptx);
-                Ok(())
-            }
+            None => print(&compiled.ptx),
         }
     }
 }
@@ -160,6 +157,14 @@ fn parse_arch(file: &Path, name: &str) -> Result<Arch> {
     let known = Arch::ALL.map(Arch::name).join(", ");
     let why = format!("unknown architecture {name:?}; known are {known}");
     Arch::parse(name).ok_or(Error::Source { path: file.into(), line: 0, why })
+}
+
+/// Writes to the standard output, as long as someone reads it.
+fn print(text: &str) -> Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(file_error(Path::new("standard output"), e)),
+        _ => Ok(()),
+    }
 }
 
 fn file_error(path: &Path, e: std::io::Error) -> Error {

@@ -176,6 +176,7 @@ ptxas info    : Used 14 registers, 384 bytes cmem[0]
         for line in [
             "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized",
             "ptxas warning : (C7508) setmaxnreg ignored to maintain minimum register requirement",
+            "ptxas info    : (C7599) an advisory of a later release",
             "ptxas warning : Value of threads per SM for entry f is out of range",
         ] {
             assert_eq!(warnings(&format!("{LOG}{line}\n")), [line]);
