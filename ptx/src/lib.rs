@@ -46,7 +46,8 @@ pub struct Entry {
     pub block: Option<[u32; 3]>,
     /// The very shape a cluster must have, from `.reqnctapercluster`.
     pub cluster: Option<[u32; 3]>,
-    /// Shared memory that every block has before any that the launch asks for, bytes.
+    /// Shared memory that every block has before any that the launch asks for, bytes: the static variables,
+    /// rounded up to the alignment of the dynamic array where there is one.
     pub static_shared: u32,
 }
 
@@ -96,7 +97,8 @@ impl Module {
         Module { arch: arch.into().into(), stem: stem.into().into(), text: text.into().into() }
     }
 
-    const fn embedded(arch: &'static str, stem: &'static str, text: &'static str) -> Module {
+    /// A module of a text that lies in the program.
+    pub const fn from_static(arch: &'static str, stem: &'static str, text: &'static str) -> Module {
         Module { arch: Cow::Borrowed(arch), stem: Cow::Borrowed(stem), text: Cow::Borrowed(text) }
     }
 

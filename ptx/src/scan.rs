@@ -48,30 +48,39 @@ pub(crate) fn entries(text: &str) -> Result<Vec<Entry>> {
         }
     }
     let total = |body: &Body| {
-        let (mut bytes, mut seen) = (0, HashSet::new());
-        place(body, &functions, &shared, &mut seen, &mut bytes);
-        u32::try_from(bytes).map_err(|_| Error { line: 1, why: format!("{bytes} bytes of shared memory") })
+        let mut used = Vec::new();
+        used_by(body, &functions, &shared, &mut HashSet::new(), &mut used);
+        u32::try_from(extent(&used)).map_err(|_| Error { line: 1, why: "shared memory beyond 4 GiB".into() })
     };
     entries.into_iter().map(|(entry, body)| Ok(Entry { static_shared: total(&body)?, ..entry })).collect()
 }
 
-/// Adds the shared variables of a body, and of what it names, behind `bytes`. Those without a size (`extern`)
-/// stand for the memory that a launch asks for, and count nothing.
-fn place<'a>(
+/// Collects the shared variables of a body and of what it names.
+fn used_by<'a>(
     body: &Body<'a>,
     functions: &HashMap<&'a str, Body<'a>>,
     shared: &HashMap<&'a str, Variable>,
     seen: &mut HashSet<&'a str>,
-    bytes: &mut u64,
+    used: &mut Vec<Variable>,
 ) {
-    let own = body.shared.iter().map(|(_, v)| v);
-    let named = body.names.iter().filter(|n| seen.insert(n)).collect::<Vec<_>>();
-    for v in own.chain(named.iter().filter_map(|n| shared.get(**n))).filter(|v| v.size > 0) {
-        *bytes = align_up(*bytes, v.align) + v.size;
+    used.extend(body.shared.iter().map(|(_, v)| v));
+    for name in &body.names {
+        if !seen.insert(name) {
+            continue;
+        }
+        used.extend(shared.get(name));
+        if let Some(function) = functions.get(name) {
+            used_by(function, functions, shared, seen, used);
+        }
     }
-    for function in named.iter().filter_map(|n| functions.get(**n)) {
-        place(function, functions, shared, seen, bytes);
-    }
+}
+
+/// Bytes from the first variable to where the memory begins that a launch asks for: a variable without a size
+/// (`extern`) stands for that memory, and its alignment moves the beginning.
+fn extent(variables: &[Variable]) -> u64 {
+    let (fixed, dynamic): (Vec<&Variable>, Vec<&Variable>) = variables.iter().partition(|v| v.size > 0);
+    let end = fixed.iter().fold(0, |at, v| align_up(at, v.align) + v.size);
+    dynamic.iter().fold(end, |at, v| align_up(at, v.align))
 }
 
 fn align_up(at: u64, align: u64) -> u64 {
@@ -420,15 +429,15 @@ mod tests {
 
     #[test]
     fn shared_memory_counts_what_the_entry_uses() {
-        let text = ".extern .shared .align 16 .b8 dynamic[];\n.shared .align 4 .f32 both[3];\n.shared .align 16 .b8 other[64];
+        let text = ".extern .shared .align 128 .b8 dynamic[];\n.shared .align 4 .f32 both[3];\n.shared .align 16 .b8 other[64];
             .func (.param .b32 r) callee(.param .b32 x) { st.shared.f32 [deep], %f1; bra.uni $L; }
             .shared .b64 deep;\n.shared .u32 unused[9];
             .entry f() { .shared .align 1 .b8 own[5]; ld.shared.f32 %f1, [both+4]; mov.u64 %rd1, dynamic; call callee, (x); }
             .entry g() { { .shared .align 2 .b16 own, more[2][3]; } mov.b64 %rd1, other; }";
         let found = entries(text).unwrap();
         let bytes: Vec<_> = found.iter().map(|e| (e.name.as_str(), e.static_shared)).collect();
-        // f: own 0..5, both 8..20, deep 24..32.  g: own 0..2, more 2..14, other 16..80.
-        assert_eq!(bytes, [("f", 32), ("g", 80)]);
+        // f: own 0..5, both 8..20, deep 24..32, dynamic from 128.  g: own 0..2, more 2..14, other 16..80.
+        assert_eq!(bytes, [("f", 128), ("g", 80)]);
     }
 
     #[test]

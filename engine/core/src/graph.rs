@@ -110,12 +110,13 @@ impl Graph {
     /// model code stays free of `?` and still names its own faulty line.
     #[track_caller]
     pub fn push<const N: usize>(&mut self, op: impl Op + 'static, ins: &[Tensor]) -> [Tensor; N] {
-        let outs = self.push_any(Arc::new(op), ins);
+        let outs = self.apply(Arc::new(op), ins);
         std::array::from_fn(|i| outs.get(i).copied().unwrap_or(Tensor::VOID))
     }
 
+    /// The same for an op that is shared; no outputs if it refuses.
     #[track_caller]
-    fn push_any(&mut self, op: Arc<dyn Op>, ins: &[Tensor]) -> Vec<Tensor> {
+    pub fn apply(&mut self, op: Arc<dyn Op>, ins: &[Tensor]) -> Vec<Tensor> {
         let at = Location::caller();
         if ins.iter().any(|t| t.index() >= self.values.len()) {
             if self.error.is_none() {

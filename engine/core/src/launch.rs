@@ -90,6 +90,42 @@ pub enum Arg {
     Map(Operand, Geometry),
 }
 
+impl Arg {
+    /// Address of an input.
+    pub fn input(i: usize) -> Arg {
+        Arg::Address(Operand::In(i), 0)
+    }
+
+    /// Address of an output.
+    pub fn output(i: usize) -> Arg {
+        Arg::Address(Operand::Out(i), 0)
+    }
+
+    /// Address of a scratch buffer.
+    pub fn scratch(i: usize) -> Arg {
+        Arg::Address(Operand::Scratch(i), 0)
+    }
+
+    /// A 32-bit size.
+    ///
+    /// # Errors
+    /// If it takes more bits.
+    pub fn size(n: usize) -> Result<Arg, String> {
+        Ok(Arg::U32(size(n)?))
+    }
+}
+
+/// A size as kernels receive it.
+///
+/// # Errors
+/// If it does not fit into 31 bits.
+pub fn size(n: usize) -> Result<u32, String> {
+    match u32::try_from(n) {
+        Ok(n) if n < 1 << 31 => Ok(n),
+        _ => Err(format!("a size of {n} is too large for the kernels, which count with 31 bits; split it")),
+    }
+}
+
 /// One thing that a GPU does.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Launch {
@@ -122,6 +158,20 @@ pub enum Launch {
         /// Destination.
         to: Operand,
     },
+}
+
+impl Launch {
+    /// Runs `entry` on blocks of `threads`, without clusters.
+    pub fn kernel(
+        entry: impl Into<String>,
+        grid: [u32; 3],
+        threads: u32,
+        shared: u32,
+        args: Vec<Arg>,
+    ) -> Launch {
+        let (block, cluster) = ([threads, 1, 1], [1; 3]);
+        Launch::Kernel { entry: entry.into(), grid, block, cluster, shared, args }
+    }
 }
 
 /// A node, lowered: the scratch buffers it wants and what it launches.

@@ -15,6 +15,7 @@ pub mod ops;
 pub mod cases;
 pub mod plan;
 pub mod device;
+pub mod agreement;
 pub mod checkpoint;
 
 pub use error::{Error, Result};

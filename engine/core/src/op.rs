@@ -4,7 +4,7 @@ use crate::{
     error::Result,
     graph::{Graph, Node},
     launch::{Cost, Kernels, Target},
-    tensor::{In, Out, Spec, Tensor},
+    tensor::{Host, In, Out, Spec, Tensor},
 };
 use std::fmt::Debug;
 
@@ -78,6 +78,14 @@ pub trait Op: Debug + Send + Sync {
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
         let _ = (ins, outs);
         Err(format!("no {} kernel is written yet; use the CPU device", on.arch))
+    }
+
+    /// The outputs as an implementation would leave them that stores every intermediate result in the
+    /// storage type: what the tolerance law measures a kernel by. `None`: as the CPU device stores them,
+    /// rounded once; right for an op whose kernels keep everything between in f32.
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        let _ = (specs, ins);
+        None
     }
 
     /// Work and traffic. The default counts each operand's bytes once and no operations.

@@ -114,7 +114,7 @@ mod prelude {
         cases::{Case, Fill},
         cpu::*,
         graph::{Graph, Node},
-        launch::Cost,
+        launch::{Arg, Cost, Kernels, Launch, Target, size},
         op::{Grad, Memory, Op, traffic},
         tensor::{DType, In, Out, Shape, Spec, Tensor, View, ViewMut},
     };

@@ -127,7 +127,10 @@ impl Nvrtc {
         }
         self.check("nvrtcCompileProgram", status).map_err(|e| with_log(e, &log))?;
         let ptx = self.text(&program, c"nvrtcGetPTXSize", c"nvrtcGetPTX")?;
-        Ok(Compiled { ptx: canonical::canonical(&ptx, arch, &source.stamp(arch)), warnings: log })
+        Ok(Compiled {
+            ptx: canonical::canonical(&ptx, arch, &source.stamp(arch, self.version)),
+            warnings: log,
+        })
     }
 
     fn program<'a>(&'a self, source: &Source) -> Result<Owned<'a>> {

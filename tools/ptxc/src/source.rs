@@ -10,8 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The compiler that the committed PTX comes from; part of every stamp.
-pub const COMPILER: &str = "nvrtc 12.4.127";
+/// Version of the compiler that the committed PTX comes from.
+pub const COMPILER: (i32, i32) = (12, 4);
 
 /// The options of every compilation, beside the architecture. Contraction into `fma` is wanted and said: the
 /// CPU's results are compared under a tolerance, never bit by bit. The rest keeps IEEE: no flushing of
@@ -71,13 +71,13 @@ impl Source {
     }
 
     /// SHA-256, in hexadecimal, of the source, its includes, compiler, options and architecture.
-    pub fn stamp(&self, arch: Arch) -> String {
+    pub fn stamp(&self, arch: Arch, compiler: (i32, i32)) -> String {
         let mut hash = Sha256::new();
         let mut field = |bytes: &[u8]| {
             hash.update((bytes.len() as u64).to_le_bytes());
             hash.update(bytes);
         };
-        field(COMPILER.as_bytes());
+        field(format!("nvrtc {}.{}", compiler.0, compiler.1).as_bytes());
         field(arch.compute().as_bytes());
         OPTIONS.iter().for_each(|o| field(o.as_bytes()));
         field(self.unit().as_bytes());

@@ -12,6 +12,7 @@ use std::{
     io::{self, Read},
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 /// A wheel of PyPI, by hash.
@@ -133,11 +134,19 @@ impl Cache {
         if out.status.success() {
             return Ok(());
         }
-        let text = String::from_utf8_lossy(&out.stderr);
-        let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
-        let last = lines[lines.len().saturating_sub(4)..].join("; ");
-        Err(failed(if last.is_empty() { out.status.to_string() } else { last }))
+        let why = reason(&String::from_utf8_lossy(&out.stderr));
+        Err(failed(if why.is_empty() { out.status.to_string() } else { why }))
     }
+}
+
+/// What a failed command said: its last line, behind the last warning, where pip names what is wrong with the
+/// network.
+fn reason(stderr: &str) -> String {
+    let lines = || stderr.lines().map(str::trim).filter(|l| !l.is_empty());
+    let warning = lines().rfind(|l| l.starts_with("WARNING"));
+    let last = lines().next_back().filter(|l| Some(*l) != warning);
+    let short = |l: &str| l.chars().take(300).collect::<String>();
+    warning.into_iter().chain(last).map(short).collect::<Vec<_>>().join("\n  ")
 }
 
 /// Refuses, and removes, a file with another hash.
@@ -170,9 +179,10 @@ impl Work {
     fn new(cache: &Path) -> Result<Work> {
         fs::create_dir_all(cache).map_err(|e| Error::file(cache, e))?;
         Work::sweep(cache);
-        let path =
-            cache.join(format!("{}{}-{:?}", Work::PREFIX, std::process::id(), std::thread::current().id()));
-        fs::create_dir_all(&path).map_err(|e| Error::file(&path, e))?;
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = cache.join(format!("{}{}-{count}", Work::PREFIX, std::process::id()));
+        fs::create_dir(&path).map_err(|e| Error::file(&path, e))?;
         Ok(Work(path))
     }
 
@@ -190,5 +200,22 @@ impl Work {
 impl Drop for Work {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_of_a_failed_command() {
+        assert_eq!(reason(""), "");
+        assert_eq!(reason("a\nb\n\n"), "b");
+        assert_eq!(
+            reason("WARNING: refused\nWARNING: again\nERROR: x\nERROR: none\n"),
+            "WARNING: again\n  ERROR: none"
+        );
+        assert_eq!(reason("WARNING: only\n"), "WARNING: only");
+        assert_eq!(reason(&"é".repeat(400)).chars().count(), 300);
     }
 }

@@ -5,7 +5,10 @@
 //! The two arrays hold for any mask whose rows are intervals: causal text, packed documents, images
 //! inside text, windows, a cache. A key outside a query's interval is never multiplied by anything
 //! that reaches the query, not even by zero: whatever it holds, NaN included, changes no bit.
+mod plain;
+
 use super::{heads::Heads, prelude::*};
+use crate::tensor::Host;
 use std::ops::Range;
 
 /// Queries that share every load of a key.
@@ -860,6 +863,10 @@ impl Op for Attention {
         });
     }
 
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        plain::forward(self, specs, ins)
+    }
+
     /// See [`Attention::flops`].
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: self.flops(ins, 2), bytes: traffic(ins, outs) }
@@ -903,6 +910,10 @@ impl Op for AttentionBwd {
                 _ => outs.iter_mut().for_each(|out| T::write(out).fill(T::ZERO)),
             }
         });
+    }
+
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        plain::backward(&self.0, specs, ins)
     }
 
     /// See [`Attention::flops`].

@@ -6,6 +6,8 @@ use super::{
     swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_row},
 };
 
+mod kernels;
+
 /// What is applied to the product.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Activation {
@@ -148,6 +150,10 @@ impl Op for Linear {
         real!(outs[0], T => self.run::<T>(ins, outs, cpu));
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::forward(self, ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
         Cost { flops: product, bytes: traffic(ins, outs) }
@@ -196,6 +202,10 @@ impl Op for LinearDx {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::backward_input(ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.last() as u64;
         Cost { flops: product, bytes: traffic(ins, outs) }
@@ -221,6 +231,10 @@ impl Op for LinearDw {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::backward_weight(ins, outs, self.accumulate, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.last() as u64;
         Cost { flops: product, bytes: traffic(ins, outs) }
@@ -242,7 +256,7 @@ pub(super) fn cases() -> Vec<Case> {
             vec![g.linear(x[0], x[1], e)]
         })
     };
-    vec![
+    let mut cases = vec![
         plain(1, 1, 1),
         plain(7, 13, 5),
         plain(131, 29, 67),
@@ -257,5 +271,51 @@ pub(super) fn cases() -> Vec<Case> {
             .normal([6, 7])
             .normal([6])
             .normal([133, 3]),
-    ]
+        plain(9, 16, 24).accumulating(),
+    ];
+    // Odd and prime row counts, depths that wrap the ring of stages, edges on every side, splits.
+    let products = [
+        (1, 8, 8),
+        (3, 40, 16),
+        (16, 32, 64),
+        (61, 136, 72),
+        (64, 128, 64),
+        (65, 264, 56),
+        (127, 96, 136),
+        (128, 64, 128),
+        (129, 72, 264),
+        (131, 200, 256),
+        (257, 48, 40),
+        (193, 512, 8),
+        (509, 8, 120),
+        (521, 256, 96),
+        (1031, 24, 72),
+    ];
+    cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
+    cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
+    // What follows the product: every activation with and without bias and residual.
+    for (i, activation) in [Activation::None, Activation::Silu, Activation::SwiGlu].into_iter().enumerate() {
+        for (bias, residual) in [(false, false), (true, false), (false, true), (true, true)] {
+            let (n, k, m) = ([67, 130, 149][i], 40, [200, 136, 144][i]);
+            let y = if activation == Activation::SwiGlu { m / 2 } else { m };
+            let build = move |g: &mut Graph, x: &[Tensor]| {
+                let e = Epilogue {
+                    bias: bias.then(|| x[2]),
+                    activation,
+                    residual: residual.then(|| x[2 + usize::from(bias)]),
+                };
+                vec![g.linear(x[0], x[1], e)]
+            };
+            let name = format!("{n}x{k}x{m}, {activation:?}, bias {bias}, residual {residual}");
+            let mut case = Case::new("linear", name, build).normal([n, k]).floats([m, k], Fill::Normal(0.3));
+            if bias {
+                case = case.normal([m]);
+            }
+            if residual {
+                case = case.normal([n, y]);
+            }
+            cases.push(case.large());
+        }
+    }
+    cases
 }

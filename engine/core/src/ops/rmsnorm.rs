@@ -1,6 +1,8 @@
 //! `y[n, c] = x[n, c] r[n] w[c]`, `r[n] = 1 / sqrt(mean_c x[n, c]^2 + eps)`.   Zhang & Sennrich 2019
 use super::prelude::*;
 
+mod kernels;
+
 #[derive(Debug)]
 struct RmsNorm {
     eps: f64,
@@ -69,6 +71,10 @@ impl Op for RmsNorm {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::forward(ins, self.eps, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 4 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -125,6 +131,10 @@ impl Op for RmsNormBwd {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::backward(ins, outs, self.accumulate, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 11 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -135,8 +145,40 @@ impl Op for RmsNormBwd {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, n: usize, c: usize| {
-        Case::new("rmsnorm", name, |g, x| vec![g.rmsnorm(x[0], x[1], 1e-5)]).normal([n, c]).normal([c])
+    let case = |n: usize, c: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.rmsnorm(x[0], x[1], 1e-5)];
+        Case::new("rmsnorm", format!("{n}x{c}"), build).normal([n, c]).normal([c])
     };
-    vec![case("7x13", 7, 13), case("one element", 1, 1), case("131x48", 131, 48), case("613x128", 613, 128)]
+    let small =
+        [(7, 13), (1, 1), (131, 48), (613, 128), (1, 8), (2, 24), (9, 8), (31, 40), (5, 72), (67, 16)];
+    // Every count of vectors a lane, rows that leave warps idle and rows that wrap the grid.
+    let large = [
+        (17, 248),
+        (7, 256),
+        (7, 264),
+        (5, 504),
+        (13, 512),
+        (13, 520),
+        (19, 768),
+        (8, 776),
+        (3, 1016),
+        (29, 1024),
+        (11, 1032),
+        (5, 1536),
+        (2, 2048),
+        (3, 2056),
+        (1, 3072),
+        (7, 4088),
+        (3, 4096),
+        (2, 4104),
+        (3, 5120),
+        (2, 8184),
+        (2, 8192),
+        (1201, 56),
+        (4513, 8),
+        (257, 320),
+    ];
+    let large = large.into_iter().map(|(n, c)| case(n, c).large());
+    let sums = [(37, 40), (301, 1024), (5, 1032)].map(|(n, c)| case(n, c).accumulating().large());
+    small.into_iter().map(|(n, c)| case(n, c)).chain(large).chain(sums).collect()
 }

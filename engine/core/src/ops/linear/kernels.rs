@@ -1,0 +1,259 @@
+//! What `kernels-cu/linear.cu` is launched with.
+use super::super::prelude::*;
+use super::{Activation, Linear};
+
+/// The part of a product that one block makes, and what is known of the kernels that make it.
+#[derive(Debug, PartialEq)]
+struct Tile {
+    /// Rows and columns, as entries spell them.
+    name: &'static str,
+    rows: u32,
+    columns: u32,
+    threads: u32,
+    /// Dynamic shared memory, bytes.
+    shared: u32,
+    /// Multiply-adds per time, against the best: how well it hides what is not a product.
+    rate: f64,
+}
+
+const TILES: [Tile; 3] = [
+    Tile { name: "128x256", rows: 128, columns: 256, threads: 256, shared: 96 << 10, rate: 1.0 },
+    Tile { name: "128x128", rows: 128, columns: 128, threads: 128, shared: 64 << 10, rate: 0.9 },
+    Tile { name: "64x64", rows: 64, columns: 64, threads: 128, shared: 32 << 10, rate: 0.5 },
+];
+/// The tiles that every pass has; the first lacks rare passes.
+const COMMON: &[Tile] = TILES.split_at(1).1;
+/// Depth of one pipeline stage.
+const STAGE: u32 = 32;
+/// Most parts that the depth is split into, and the least depth of a part.
+const PARTS: u32 = 16;
+const PART_DEPTH: u32 = 128;
+/// Elements that a block of the pass over the parts adds.
+const SUM_ELEMENTS: u32 = 256 * 8;
+/// What a byte moved and a launch cost, in multiply-adds of one SM: about 1.5 T/s of the one against
+/// 4 TB/s and 2 us shared by all.
+const BYTE_COST: f64 = 0.35;
+const LAUNCH_COST: f64 = 3e6;
+
+/// `rows x columns`, summed over `depth`.
+#[derive(Clone, Copy)]
+struct Product {
+    rows: u32,
+    columns: u32,
+    depth: u32,
+}
+
+impl Product {
+    fn new(rows: usize, columns: usize, depth: usize) -> Result<Product, String> {
+        Ok(Product { rows: size(rows)?, columns: size(columns)?, depth: size(depth)? })
+    }
+
+    fn tiles(&self, tile: &Tile) -> u32 {
+        self.rows.div_ceil(tile.rows) * self.columns.div_ceil(tile.columns)
+    }
+
+    /// The time of the busiest SM, in multiply-adds, with the depth in `parts`.
+    fn time(&self, tile: &Tile, parts: u32, on: &Target) -> f64 {
+        let rounds = f64::from((self.tiles(tile) * parts).div_ceil(on.sms));
+        let area = f64::from(tile.rows * tile.columns);
+        // A stage is the least that a block works; filling the pipeline takes two more.
+        let depth = f64::from((self.depth.div_ceil(parts).div_ceil(STAGE) + 2) * STAGE);
+        let sum = match parts {
+            1 => 0.0,
+            _ => {
+                f64::from(parts) * f64::from(self.rows) * f64::from(self.columns) * 8.0 * BYTE_COST
+                    + LAUNCH_COST
+            }
+        };
+        rounds * area * depth / tile.rate + sum
+    }
+
+    /// The tile and the number of parts that take the least time.
+    fn choose(
+        &self,
+        tiles: &'static [Tile],
+        parts: u32,
+        on: &Target,
+    ) -> Result<(&'static Tile, u32), String> {
+        let most = |tile: &Tile| match tile.name {
+            "128x256" => 1,
+            _ => parts.min(self.depth / PART_DEPTH).max(1),
+        };
+        tiles
+            .iter()
+            .filter(|tile| tile.shared <= on.shared)
+            .flat_map(|tile| (1..=most(tile)).map(move |parts| (tile, parts)))
+            .min_by(|a, b| self.time(a.0, a.1, on).total_cmp(&self.time(b.0, b.1, on)))
+            .ok_or(format!(
+                "{} has too little shared memory for matrix products; use the CPU device",
+                on.name
+            ))
+    }
+
+    /// No launch where there is nothing to make.
+    fn launches(&self, launches: Vec<Launch>) -> Vec<Launch> {
+        if self.rows == 0 || self.columns == 0 { vec![] } else { launches }
+    }
+}
+
+/// Refuses what the kernels cannot read.
+fn check(operands: &[Spec], widths: &[usize]) -> Result<(), String> {
+    if let Some(s) = operands.iter().find(|s| s.dtype != DType::Bf16) {
+        return Err(format!("the tensor cores multiply bf16, not {s:?}; cast it, or use the CPU device"));
+    }
+    match widths.iter().find(|w| !w.is_multiple_of(8)) {
+        Some(w) => Err(format!("a width of {w} is no multiple of 8; pad it, or use the CPU device")),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn forward(op: &Linear, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let (n, k, m) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.rows());
+    check(ins, &[k, m])?;
+    let product = Product::new(n, m, k)?;
+    let (variant, tiles) = match op.activation {
+        Activation::None => ("", &TILES[..]),
+        Activation::Silu => ("silu_", COMMON),
+        Activation::SwiGlu => ("swiglu_", &TILES[..]),
+    };
+    let (tile, _) = product.choose(tiles, 1, on)?;
+    let mut args = vec![Arg::output(0)];
+    if op.activation != Activation::None {
+        args.push(Arg::output(1));
+    }
+    // Operands that are not there are named all the same, and not read.
+    args.extend([
+        Arg::input(0),
+        Arg::input(1),
+        Arg::input(if op.bias { 2 } else { 1 }),
+        Arg::input(op.residual_at().unwrap_or(0)),
+        Arg::U32(product.rows),
+        Arg::U32(product.columns),
+        Arg::U32(product.depth),
+        Arg::U32(op.bias.into()),
+        Arg::U32(op.residual.into()),
+    ]);
+    let entry = format!("linear_fwd_{variant}{}_bf16", tile.name);
+    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
+    Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
+}
+
+pub(super) fn backward_input(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
+    check(ins, &[k, m])?;
+    let product = Product::new(n, k, m)?;
+    let (tile, _) = product.choose(&TILES, 1, on)?;
+    let args = vec![
+        Arg::output(0),
+        Arg::input(0),
+        Arg::input(1),
+        Arg::U32(product.rows),
+        Arg::U32(product.depth),
+        Arg::U32(product.columns),
+    ];
+    let entry = format!("linear_dx_{}_bf16", tile.name);
+    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
+    Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
+}
+
+pub(super) fn backward_weight(
+    ins: &[Spec],
+    outs: &[Spec],
+    accumulate: bool,
+    on: &Target,
+) -> Result<Kernels, String> {
+    let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
+    check(&ins[..2], &[k, m])?;
+    let dw = outs[0].dtype;
+    if !matches!(dw, DType::Bf16 | DType::F32) {
+        return Err(format!("no kernel sums into {}; use f32", dw.name()));
+    }
+    let product = Product::new(m, k, n)?;
+    let (tile, parts) = product.choose(&TILES, PARTS, on)?;
+    let operands = [Arg::input(0), Arg::input(1)];
+    let sizes = [Arg::U32(product.depth), Arg::U32(product.rows), Arg::U32(product.columns)];
+    let accumulate = Arg::U32(accumulate.into());
+    let kernel = |entry: String, parts: u32, to: Arg, last: Arg| {
+        let args = [to].into_iter().chain(operands.clone()).chain(sizes.clone()).chain([last]).collect();
+        Launch::kernel(entry, [product.tiles(tile), parts, 1], tile.threads, tile.shared, args)
+    };
+    if parts == 1 {
+        let entry = format!("linear_dw_{}_{}", tile.name, dw.name());
+        let launch = kernel(entry, 1, Arg::output(0), accumulate);
+        return Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) });
+    }
+    let depth = product.depth.div_ceil(parts).next_multiple_of(STAGE);
+    let parts = product.depth.div_ceil(depth);
+    let count = size(m * k)?;
+    let entry = format!("linear_dw_split_{}_f32", tile.name);
+    let split = kernel(entry, parts, Arg::scratch(0), Arg::U32(depth));
+    let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(count), Arg::U32(parts), accumulate];
+    let entry = format!("linear_dw_sum_{}", dw.name());
+    let sum = Launch::kernel(entry, [count.div_ceil(SUM_ELEMENTS), 1, 1], 256, 0, args);
+    Ok(Kernels { scratch: vec![parts as usize * m * k * 4], launches: product.launches(vec![split, sum]) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec<const N: usize>(dims: [usize; N]) -> Spec {
+        Spec::new(dims, DType::Bf16)
+    }
+
+    fn launches(kernels: &Kernels) -> Vec<(&str, [u32; 3])> {
+        let of = |l| match l {
+            &Launch::Kernel { ref entry, grid, .. } => (entry.as_str(), grid),
+            other => panic!("{other:?}"),
+        };
+        kernels.launches.iter().map(of).collect()
+    }
+
+    const PLAIN: Linear = Linear { bias: false, activation: Activation::None, residual: false };
+
+    #[test]
+    fn large_products_take_large_tiles() {
+        let on = Target::H200;
+        let k = forward(&PLAIN, &[spec([8192, 8192]), spec([8192, 8192])], &on).unwrap();
+        assert_eq!(launches(&k), [("linear_fwd_128x256_bf16", [2048, 1, 1])]);
+        let k = forward(&PLAIN, &[spec([100, 64]), spec([136, 64])], &on).unwrap();
+        assert_eq!(launches(&k), [("linear_fwd_64x64_bf16", [6, 1, 1])]);
+        let poor = Target { shared: 64 << 10, ..on };
+        let k = forward(&PLAIN, &[spec([8192, 8192]), spec([8192, 8192])], &poor).unwrap();
+        assert_eq!(launches(&k), [("linear_fwd_128x128_bf16", [4096, 1, 1])]);
+    }
+
+    #[test]
+    fn weight_gradients_of_many_rows_are_split() {
+        let ins = [spec([65536, 768]), spec([65536, 768])];
+        let dw = Spec::new([768, 768], DType::F32);
+        let k = backward_weight(&ins, &[dw], true, &Target::H200).unwrap();
+        let [(split, [36, parts, 1]), ("linear_dw_sum_f32", sum)] = launches(&k)[..] else { panic!("{k:?}") };
+        assert_eq!((split, sum), ("linear_dw_split_128x128_f32", [288, 1, 1]));
+        assert!(parts >= 3 && k.scratch == [parts as usize * 768 * 768 * 4], "{k:?}");
+        let few = [spec([100, 768]), spec([100, 768])];
+        assert_eq!(backward_weight(&few, &[dw], true, &Target::H200).unwrap().launches.len(), 1);
+    }
+
+    #[test]
+    fn parts_cover_the_depth() {
+        for n in [1000, 4097, 65536] {
+            let k = backward_weight(&[spec([n, 64]), spec([n, 64])], &[spec([64, 64])], false, &Target::H200);
+            let k = k.unwrap();
+            let Launch::Kernel { grid, args, .. } = &k.launches[0] else { panic!("{k:?}") };
+            let Some(Arg::U32(depth)) = args.last() else { panic!("{k:?}") };
+            assert!(grid[1] * depth >= n as u32 && (grid[1] - 1) * depth < n as u32, "{n}: {k:?}");
+        }
+    }
+
+    #[test]
+    fn refusals_name_the_remedy() {
+        let refused = |ins: &[Spec]| forward(&PLAIN, ins, &Target::H200).unwrap_err();
+        assert!(refused(&[spec([3, 12]), spec([8, 12])]).contains("pad"));
+        assert!(refused(&[spec([3, 8]), spec([12, 8])]).contains("pad"));
+        let f32s = Spec::new([8, 8], DType::F32);
+        assert!(refused(&[f32s, f32s]).contains("cast"));
+        let poor = Target { shared: 16 << 10, ..Target::H200 };
+        assert!(forward(&PLAIN, &[spec([8, 8]), spec([8, 8])], &poor).unwrap_err().contains("CPU"));
+    }
+}
