@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
+    time::Duration,
 };
 use transfusion_core::{
     Error, Result,
@@ -168,6 +169,7 @@ fn three_runs(device: &mut dyn Device, n: usize) -> Vec<Vec<f32>> {
     }
     let times = device.profile(id).unwrap();
     assert_eq!(times.len(), 5);
+    assert!(times.iter().all(|t| *t < Duration::from_secs(1)));
     seen.push(numbers(device, state));
     seen
 }
@@ -262,32 +264,82 @@ fn large_and_many_copies_go_through_the_ring() {
     assert!(numbers(&mut device, Place::State(Kind::Param, "large")) == large);
 }
 
+/// A kernel with a tensor map, in clusters.
+fn clustered() -> Graph {
+    let mut g = Graph::new();
+    let x = g.input("x", [6, 64], DType::F32);
+    let geometry =
+        Geometry { element: 4, extents: vec![64, 6], strides: vec![256], tile: vec![32, 2], swizzle: 128 };
+    let launch = Launch::Kernel {
+        entry: "mapped_f32".into(),
+        grid: [4, 2, 1],
+        block: [64, 1, 1],
+        cluster: [2, 1, 1],
+        shared: 0,
+        args: vec![Arg::U32(7), Arg::Map(Operand::In(0), geometry), Arg::F32(1.0)],
+    };
+    let y = apply(&mut g, x, vec![launch], vec![]);
+    g.output("y", y);
+    g
+}
+
+#[test]
+fn an_older_driver_runs_what_needs_neither_clusters_nor_tensor_maps() {
+    let test = "an_older_driver_runs_what_needs_neither_clusters_nor_tensor_maps";
+    let condition = [("_CAPABILITY", "9.0")];
+    if !enter(test, &driver(target(), "plain"), &condition) {
+        return;
+    }
+    let mut device = CudaDevice::new(options()).unwrap();
+    let mut cpu = CpuDevice::new(CpuOptions { threads: 1, poison: true }).unwrap();
+    assert_eq!(three_runs(&mut device, 500), three_runs(&mut cpu, 500));
+    let id = open(&mut device, &clustered()).unwrap();
+    let e = device.run(id).unwrap_err().to_string();
+    assert!(e.contains("lacks cuTensorMapEncodeTiled") && e.contains("CUDA 12.0"), "{e}");
+}
+
+#[test]
+fn own_kernels_stand_in_for_some_of_a_file() {
+    let Some(log) = on_healthy("own_kernels_stand_in_for_some_of_a_file", &[]) else {
+        // Two texts of one name: the second has another `double_f32` and nothing else.
+        let edited =
+            PTX.split(".visible .entry mapped_f32").next().unwrap().replace("128, 1, 1", "256, 1, 1");
+        let mut options = options();
+        options.kernels.push(Module::new("sm_80", "double", edited));
+        let mut device = CudaDevice::new(options).unwrap();
+        let id = open(&mut device, &graph(300)).unwrap();
+        device.run(id).unwrap();
+        let other = device.open(Arc::new(unmapped())).unwrap();
+        device.run(other).unwrap();
+        return;
+    };
+    assert_eq!((count(&log, "load double_f32 mapped_f32"), count(&log, "load")), (1, 2));
+}
+
+/// A plan that names `mapped_f32` and launches no block of it.
+fn unmapped() -> Plan {
+    let mut g = Graph::new();
+    let x = g.input("x", [8], DType::F32);
+    let launch = Launch::Kernel {
+        entry: "mapped_f32".into(),
+        grid: [0, 1, 1],
+        block: [64, 1, 1],
+        cluster: [1, 1, 1],
+        shared: 0,
+        args: vec![],
+    };
+    let y = apply(&mut g, x, vec![launch], vec![]);
+    g.output("y", y);
+    Plan::lowered(&g, &Target::A100).unwrap()
+}
+
 #[test]
 fn clusters_and_tensor_maps_reach_the_driver() {
     let test = "clusters_and_tensor_maps_reach_the_driver";
     let Some(log) = on_healthy(test, &[("_CAPABILITY", "9.0")]) else {
         let mut device = CudaDevice::new(options()).unwrap();
         assert_eq!(device.target().unwrap().arch, "sm_90a");
-        let mut g = Graph::new();
-        let x = g.input("x", [6, 64], DType::F32);
-        let geometry = Geometry {
-            element: 4,
-            extents: vec![64, 6],
-            strides: vec![256],
-            tile: vec![32, 2],
-            swizzle: 128,
-        };
-        let launch = Launch::Kernel {
-            entry: "mapped_f32".into(),
-            grid: [4, 2, 1],
-            block: [64, 1, 1],
-            cluster: [2, 1, 1],
-            shared: 0,
-            args: vec![Arg::U32(7), Arg::Map(Operand::In(0), geometry), Arg::F32(1.0)],
-        };
-        let y = apply(&mut g, x, vec![launch], vec![]);
-        g.output("y", y);
-        let id = open(&mut device, &g).unwrap();
+        let id = open(&mut device, &clustered()).unwrap();
         device.run(id).unwrap();
         device.fetch(Place::Output(id, "y")).unwrap();
         return;
@@ -454,14 +506,14 @@ fn folder(variant: &str) -> PathBuf {
 }
 
 #[test]
-fn a_profile_names_the_step_that_faults() {
-    let test = "a_profile_names_the_step_that_faults";
+fn a_stepwise_run_names_the_step_that_faults() {
+    let test = "a_stepwise_run_names_the_step_that_faults";
     if on_healthy(test, &[("", "fault")]).is_some() {
         return;
     }
     let mut device = CudaDevice::new(options()).unwrap();
     let id = open(&mut device, &graph(10)).unwrap();
-    let e = device.profile(id).unwrap_err();
+    let e = device.run_stepwise(id).unwrap_err();
     assert!(matches!(e, Error::Lost { .. }), "{e}");
     assert!(e.to_string().contains("double (double_f32), applied at "), "{e}");
 }

@@ -14,7 +14,7 @@ const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 /// What makes a test's process its own child.
 const INSIDE: &str = "FAKE_CUDA_INSIDE";
 
-/// A folder with a driver's library; `variant` is empty, `bare` or `old`. `target` is the test's own folder
+/// A folder with a driver's library; `variant` is empty, `bare`, `old` or `plain`. `target` is the test's own folder
 /// for files.
 pub fn driver(target: &Path, variant: &str) -> PathBuf {
     static BUILDING: Mutex<()> = Mutex::new(());

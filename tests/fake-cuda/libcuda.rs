@@ -7,7 +7,8 @@
 //!
 //! Environment: `FAKE_CUDA` is what is wrong with it (see the matches on `wrong()`), and
 //! `FAKE_CUDA_{VERSION,DEVICES,CAPABILITY,FREE}` describe it; `FAKE_CUDA_LOG` is the file for what was done.
-//! Compiled with `--cfg bare` it has `cuInit` alone, with `--cfg old` it lacks what CUDA 11.4 brought.
+//! Compiled with `--cfg bare` it has `cuInit` alone, with `--cfg old` it lacks what CUDA 11.4 brought, with
+//! `--cfg plain` what 11.8 and 12.0 brought for clusters and tensor maps.
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
 use std::{
@@ -509,11 +510,6 @@ mod driver {
     }
 
     #[unsafe(no_mangle)]
-    pub extern "C" fn cuEventSynchronize(_: usize) -> Code {
-        bound(Machine::settle)
-    }
-
-    #[unsafe(no_mangle)]
     pub extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, _: usize, _: usize) -> Code {
         bound(|_| put(milliseconds, 0.25))
     }
@@ -653,7 +649,7 @@ mod driver {
         value: [c_uint; 16],
     }
 
-    #[cfg(not(old))]
+    #[cfg(not(plain))]
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn cuLaunchKernelEx(
         config: *const Config,
@@ -671,7 +667,7 @@ mod driver {
     }
 
     /// The first words tell what was encoded: address, type, rank, swizzle, extents, strides, box.
-    #[cfg(not(old))]
+    #[cfg(not(plain))]
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn cuTensorMapEncodeTiled(
         map: *mut [u64; 16],

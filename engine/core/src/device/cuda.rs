@@ -3,8 +3,8 @@
 //!
 //! Each plan is recorded once as a CUDA graph, at its first run, and replayed. Everything runs in one
 //! stream, in order; [`Device::run`] returns when the work is queued, and [`Device::read`] waits for it. So
-//! a fault inside a kernel shows in a later call, as [`Error::Lost`]; [`Device::profile`] waits for every
-//! step and names the one that fails.
+//! a fault inside a kernel shows in a later call, as [`Error::Lost`]; [`CudaDevice::run_stepwise`] finds the
+//! step.
 mod driver;
 
 pub use driver::Gpu;
@@ -21,7 +21,7 @@ use crate::{
     tensor::{Host, View, ViewMut},
 };
 use driver::{Buffer, Context, Driver, Event, Failure, Function, Graph, Module, Shape, Staging, Stream};
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::HashMap, fmt, sync::Arc, time::Duration};
 
 /// Bytes of page-locked memory for copies from and to the host.
 const STAGING: usize = 16 << 20;
@@ -40,7 +40,8 @@ pub struct CudaDevice {
     // Fields are dropped in this order.
     graphs: HashMap<PlanId, Recorded>,
     kernels: HashMap<String, Loaded>,
-    modules: HashMap<(String, String), Arc<Module>>,
+    /// What was compiled, by its text.
+    modules: HashMap<Cow<'static, str>, Arc<Module>>,
     ledger: Ledger<Buffer>,
     staging: Staging,
     stream: Stream,
@@ -171,14 +172,12 @@ impl CudaDevice {
     }
 
     fn load_kernel(&mut self, step: &Step, entry: &str, shared: u32) -> Result<()> {
-        /// What every kernel may ask for without being allowed to.
-        const FREELY: u32 = 48 << 10;
         if !self.kernels.contains_key(entry) {
             let loaded = self.compile(entry)?;
             self.kernels.insert(entry.into(), loaded);
         }
         let Some(kernel) = self.kernels.get_mut(entry) else { return Ok(()) };
-        if shared > kernel.shared.max(FREELY) {
+        if shared > kernel.shared {
             kernel.function.allow_shared(shared).map_err(|f| refused(step, entry, &f))?;
             kernel.shared = shared;
         }
@@ -189,41 +188,49 @@ impl CudaDevice {
         let Some(kernel) = self.library.find(entry) else {
             return Err(Error::Device(format!("{} has no kernel {entry}", self.target.arch)));
         };
-        let text = &kernel.module;
-        let name = format!("{}/{}", text.arch, text.stem);
-        let key = (text.arch.to_string(), text.stem.to_string());
-        let refuse = |f: &Failure, log: String| {
+        let resolve::Kernel { module: source, .. } = kernel;
+        let name = format!("{}/{}", source.arch, source.stem);
+        let refuse = |f: Failure, log: String| {
             if f.is_unsupported_ptx() {
-                let need = resolve::version(&text.text).map_or((0, 0), cuda_for);
+                let need = resolve::version(&source.text).map_or((0, 0), cuda_for);
                 let have = self.context.version().unwrap_or((0, 0));
                 return Error::NoDevice(NoDevice::DriverTooOld { have, need });
             }
             Error::Compile { entry: entry.into(), module: name.clone(), code: f.name(), log }
         };
-        let module = match self.modules.get(&key) {
+        let module = match self.modules.get(&source.text) {
             Some(module) => module.clone(),
-            None => Arc::new(Module::load(&self.context, &text.text).map_err(|(f, log)| refuse(&f, log))?),
+            None => {
+                let loaded = Module::load(&self.context, &source.text);
+                Arc::new(loaded.map_err(|(f, log)| refuse(f, log))?)
+            }
         };
-        let function = module.function(entry).map_err(|f| refuse(&f, String::new()))?;
+        let function = module.function(entry).map_err(|f| refuse(f, String::new()))?;
         let (registers, local_bytes) = function.registers_and_local()?;
         let report = KernelReport { entry: entry.into(), module: name, registers, local_bytes };
-        self.modules.insert(key, module);
+        self.modules.insert(source.text.clone(), module);
         Ok(Loaded { function, shared: 0, report })
     }
 
-    /// Queues what a step executes.
-    fn queue(&self, id: PlanId, step: &Step) -> Result<(), Stop> {
+    /// What a step executes.
+    fn resolve(&self, id: PlanId, step: &Step) -> Result<Vec<Command<'_>>> {
         let mut places = Addresses { ledger: &self.ledger, id, context: &self.context };
-        for command in resolve::commands(step, &self.target, &self.library, &mut places)? {
-            let queued = match &command {
-                Command::Kernel(call) => self.launch(self.loaded(call)?, call),
-                Command::Fill { what, byte } => self.stream.fill(what.address, *byte, what.bytes as usize),
-                Command::Copy { from, to } => self.stream.copy(from.address, to.address, to.bytes as usize),
-            };
-            let entry = match &command {
-                Command::Kernel(call) => call.kernel.entry.name.as_str(),
-                Command::Fill { .. } => "a fill",
-                Command::Copy { .. } => "a copy",
+        resolve::commands(step, &self.target, &self.library, &mut places)
+    }
+
+    /// Queues it.
+    fn queue(&self, step: &Step, commands: &[Command<'_>]) -> Result<(), Stop> {
+        for command in commands {
+            let (entry, queued) = match command {
+                Command::Kernel(call) => {
+                    (call.kernel.entry.name.as_str(), self.launch(self.loaded(call)?, call))
+                }
+                Command::Fill { what, byte } => {
+                    ("a fill", self.stream.fill(what.address, *byte, what.bytes as usize))
+                }
+                Command::Copy { from, to } => {
+                    ("a copy", self.stream.copy(from.address, to.address, to.bytes as usize))
+                }
             };
             queued.map_err(
                 |f| if f.is_lasting() { Stop::Driver(f) } else { refused(step, entry, &f).into() },
@@ -253,7 +260,8 @@ impl CudaDevice {
         let graph = if plan.steps.iter().all(is_idle) {
             None
         } else {
-            let recorded = self.stream.capture(|| plan.steps.iter().try_for_each(|s| self.queue(id, s)));
+            let queue = |step: &Step| self.queue(step, &self.resolve(id, step)?);
+            let recorded = self.stream.capture(|| plan.steps.iter().try_for_each(queue));
             Some(recorded.map_err(|stop| self.stopped(stop, "the recording of a plan"))?)
         };
         self.graphs.insert(id, Recorded { graph, moves });
@@ -267,20 +275,43 @@ impl CudaDevice {
         }
     }
 
-    fn time(&mut self, id: PlanId) -> Result<Vec<Duration>> {
+    /// Runs a plan and waits after every step, so that a fault names the step.
+    ///
+    /// # Errors
+    /// As [`Device::run`].
+    pub fn run_stepwise(&mut self, id: PlanId) -> Result<()> {
+        self.usable()?;
         let plan = self.ledger.plan(id)?.clone();
-        let (start, end) = (Event::new(&self.context)?, Event::new(&self.context)?);
-        let mut times = Vec::with_capacity(plan.steps.len());
         for step in &plan.steps {
-            let timed = start.record(&self.stream).map_err(Stop::from).and_then(|()| {
-                self.queue(id, step)?;
-                end.record(&self.stream)?;
-                end.wait()?;
-                Ok(end.since(&start)?)
-            });
-            times.push(timed.map_err(|stop| self.stopped(stop, &describe(step)))?);
+            let queued = self.resolve(id, step).map_err(Stop::from).and_then(|c| self.queue(step, &c));
+            let done = queued.and_then(|()| Ok(self.stream.wait()?));
+            done.map_err(|stop| self.stopped(stop, &describe(step)))?;
         }
-        Ok(times)
+        Ok(())
+    }
+
+    /// The time of every step, back to back, as the GPU measures it.
+    fn time(&self, id: PlanId) -> Result<Vec<Duration>, Stop> {
+        let plan = self.ledger.plan(id)?;
+        let commands = plan.steps.iter().map(|s| self.resolve(id, s)).collect::<Result<Vec<_>>>()?;
+        let events = (0..=commands.len()).map(|_| Event::new(&self.context));
+        let events = events.collect::<Result<Vec<_>, _>>()?;
+        // What was queued before is no part of the first step.
+        self.stream.wait()?;
+        events[0].record(&self.stream)?;
+        for ((step, commands), event) in plan.steps.iter().zip(&commands).zip(&events[1..]) {
+            self.queue(step, commands)?;
+            event.record(&self.stream)?;
+        }
+        self.stream.wait()?;
+        events.windows(2).map(|pair| Ok(pair[1].since(&pair[0])?)).collect()
+    }
+}
+
+impl Drop for CudaDevice {
+    /// Nothing may go while the stream uses it.
+    fn drop(&mut self) {
+        let _ = self.stream.wait();
     }
 }
 
@@ -384,7 +415,7 @@ impl Device for CudaDevice {
 
     fn profile(&mut self, plan: PlanId) -> Result<Vec<Duration>> {
         self.usable()?;
-        self.time(plan)
+        self.time(plan).map_err(|stop| self.stopped(stop, "a profile, or what ran before it"))
     }
 }
 

@@ -116,7 +116,6 @@ api! {
     cuGraphDestroy(sys::CUgraph), (10, 0);
     cuEventCreate(*mut sys::CUevent, c_uint), (2, 0);
     cuEventRecord(sys::CUevent, sys::CUstream), (2, 0);
-    cuEventSynchronize(sys::CUevent), (2, 0);
     cuEventElapsedTime(*mut f32, sys::CUevent, sys::CUevent), (2, 0);
     cuEventDestroy_v2(sys::CUevent), (4, 0);
     cuModuleLoadDataEx(*mut sys::CUmodule, *const c_void, c_uint, *mut sys::CUjit_option, *mut *mut c_void), (2, 1);
@@ -181,6 +180,10 @@ pub(super) struct Failure {
 impl Failure {
     /// Its code, by name.
     pub(super) fn name(&self) -> String {
+        if self.code == Code::MAX {
+            let (major, minor) = since(self.call);
+            return format!("it lacks {}, drivers for CUDA {major}.{minor} have it", self.call);
+        }
         format!("{} {}", self.name, self.code)
     }
 
@@ -593,11 +596,6 @@ impl Event {
     /// Takes the moment.
     pub(super) fn record(&self, stream: &Stream) -> Answer {
         call!(self.context.bound()?, cuEventRecord(self.raw, stream.raw))
-    }
-
-    /// Waits for it.
-    pub(super) fn wait(&self) -> Answer {
-        call!(self.context.bound()?, cuEventSynchronize(self.raw))
     }
 
     /// The time since another; both have passed.
