@@ -220,6 +220,9 @@ fn plans_are_recorded_again_when_the_arena_moves() {
         return;
     };
     assert_eq!((count(&log, "recorded"), count(&log, "replay")), (3, 5));
+    // The first recording of the smaller plan, the larger plan when it is closed, the rest at the end.
+    let until = |event: &str| log.iter().rposition(|line| line == event).unwrap();
+    assert_eq!(count(&log[..until("replay")], "forget"), 2);
     assert_eq!(log.last().unwrap(), "left: memory 0 streams 0 graphs 0 modules 0 events 0");
 }
 
@@ -339,11 +342,13 @@ fn clusters_and_tensor_maps_reach_the_driver() {
     let Some(log) = on_healthy(test, &[("_CAPABILITY", "9.0")]) else {
         let mut device = CudaDevice::new(options()).unwrap();
         assert_eq!(device.target().unwrap().arch, "sm_90a");
+        open(&mut device, &doublings(10)).unwrap();
         let id = open(&mut device, &clustered()).unwrap();
         device.run(id).unwrap();
         device.fetch(Place::Output(id, "y")).unwrap();
         return;
     };
+    assert_eq!(count(&log, "load"), 1, "one text is compiled once, whatever is taken of it");
     let start = "kernel mapped_f32 [4, 2, 1] [64, 1, 1] [2, 1, 1] 0 ";
     let params = log.iter().find_map(|line| line.strip_prefix(start)).unwrap();
     assert_eq!(params.len(), 2 * (64 + 128 + 4));

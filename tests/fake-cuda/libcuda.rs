@@ -18,6 +18,7 @@ use std::{
     fs::OpenOptions,
     io::Write,
     sync::Mutex,
+    thread::{self, ThreadId},
 };
 
 type Code = c_uint;
@@ -83,7 +84,8 @@ mod driver {
     #[derive(Default)]
     struct Stream {
         queue: Vec<Work>,
-        recording: bool,
+        /// Who records, and whether that forbids others to allocate as well.
+        recording: Option<(ThreadId, bool)>,
         recorded: Vec<Work>,
     }
 
@@ -137,6 +139,13 @@ mod driver {
             block.get_mut(offset..offset.checked_add(bytes)?)
         }
 
+        /// Whether a graph is being recorded that forbids this thread what a graph cannot hold.
+        fn is_recording(&self) -> bool {
+            let here = thread::current().id();
+            let forbids = |s: &Stream| s.recording.is_some_and(|(by, all)| all || by == here);
+            self.streams.iter().flatten().any(forbids)
+        }
+
         fn is_pinned(&self, at: usize, bytes: usize) -> bool {
             let block = self.pinned.range(..=at).next_back();
             block.is_some_and(|(start, block)| at - start + bytes <= block.len())
@@ -144,7 +153,7 @@ mod driver {
 
         fn queue(&mut self, stream: usize, work: Work) -> Code {
             match self.streams.get_mut(stream.wrapping_sub(1)).and_then(Option::as_mut) {
-                Some(s) if s.recording => s.recorded.push(work),
+                Some(s) if s.recording.is_some() => s.recorded.push(work),
                 Some(s) => s.queue.push(work),
                 None => return 400,
             }
@@ -359,7 +368,7 @@ mod driver {
     pub extern "C" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> Code {
         bound(|m| {
             let used: usize = m.memory.values().map(Vec::len).sum();
-            if m.streams.iter().flatten().any(|s| s.recording) {
+            if m.is_recording() {
                 return 900;
             }
             if bytes == 0 || used + bytes > number("_FREE", 1 << 30) as usize || wrong() == "no memory" {
@@ -444,14 +453,14 @@ mod driver {
 
     #[unsafe(no_mangle)]
     pub extern "C" fn cuStreamSynchronize(_: usize) -> Code {
-        bound(|m| if m.streams.iter().flatten().any(|s| s.recording) { 900 } else { m.settle() })
+        bound(|m| if m.is_recording() { 900 } else { m.settle() })
     }
 
     #[unsafe(no_mangle)]
-    pub extern "C" fn cuStreamBeginCapture_v2(stream: usize, _mode: c_uint) -> Code {
+    pub extern "C" fn cuStreamBeginCapture_v2(stream: usize, mode: c_uint) -> Code {
         bound(|m| {
             let Some(s) = m.streams.get_mut(stream - 1).and_then(Option::as_mut) else { return 400 };
-            s.recording = true;
+            s.recording = Some((thread::current().id(), mode == 0));
             OK
         })
     }
@@ -460,7 +469,7 @@ mod driver {
     pub extern "C" fn cuStreamEndCapture(stream: usize, graph: *mut usize) -> Code {
         bound(|m| {
             let Some(s) = m.streams.get_mut(stream - 1).and_then(Option::as_mut) else { return 400 };
-            s.recording = false;
+            s.recording = None;
             let recorded = std::mem::take(&mut s.recorded);
             log(&format!("recorded {}", recorded.len()));
             m.graphs.push(Some(recorded));
@@ -488,12 +497,13 @@ mod driver {
 
     #[unsafe(no_mangle)]
     pub extern "C" fn cuGraphExecDestroy(exec: usize) -> Code {
-        bound(|m| m.graphs[exec - 1].take().map_or(400, |_| OK))
+        log("forget");
+        cuGraphDestroy(exec)
     }
 
     #[unsafe(no_mangle)]
     pub extern "C" fn cuGraphDestroy(graph: usize) -> Code {
-        cuGraphExecDestroy(graph)
+        bound(|m| m.graphs[graph - 1].take().map_or(400, |_| OK))
     }
 
     #[unsafe(no_mangle)]

@@ -27,7 +27,6 @@ pub enum Hardware {
 }
 
 /// A machine, opened.
-#[allow(missing_debug_implementations)]
 pub struct Opened {
     /// The machine.
     pub device: Box<dyn Device>,

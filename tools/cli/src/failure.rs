@@ -61,15 +61,27 @@ impl From<Error> for Failure {
     fn from(e: Error) -> Failure {
         match e {
             Error::Cancelled => Failure::Interrupted,
-            Error::Core(core::Error::NoDevice(why)) => Failure::error(&why).hint(format!(
-                "{}; `transfusion doctor` tells more, and --device cpu needs no GPU",
-                why.remedy()
-            )),
-            Error::Core(e @ core::Error::NoKernel { .. }) => {
-                Failure::error(e).hint("--device cpu runs everything")
-            }
+            Error::Core(e) => match hint(&e) {
+                Some(hint) => Failure::error(e).hint(hint),
+                None => Failure::error(e),
+            },
             e => Failure::error(e),
         }
+    }
+}
+
+/// What may help against an error of a device.
+fn hint(e: &core::Error) -> Option<String> {
+    match e {
+        core::Error::NoDevice(why) => {
+            let doctor = "`transfusion doctor` tells more, and --device cpu needs no GPU";
+            Some(format!("{}; {doctor}", why.remedy()))
+        }
+        core::Error::NoKernel { .. } => Some("--device cpu runs everything".into()),
+        core::Error::Memory { .. } => {
+            Some("`transfusion plan` shows what takes memory; fewer rows or positions take less".into())
+        }
+        _ => None,
     }
 }
 
