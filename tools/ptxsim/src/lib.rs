@@ -43,6 +43,7 @@
 mod allocate;
 mod counters;
 mod decode;
+mod device;
 mod error;
 mod exec;
 mod finding;
@@ -55,6 +56,7 @@ mod run;
 mod syntax;
 
 pub use counters::{Class, Counters, Counts};
+pub use device::{SimDevice, SimOptions};
 pub use error::{LaunchError, LoadError};
 pub use finding::{Checks, Finding, FindingKind, Place};
 pub use kernel::{Kernel, Module, Parameter};

@@ -960,6 +960,19 @@ fn cached_case(name: &str, heads: Heads, queries: usize, width: usize, slots: &[
     .ints([batch, queries], &end)
 }
 
+/// Rows of 4096 positions: causal text, and documents of captions and images of 256 patches.
+pub(super) fn speed_cases() -> Vec<Case> {
+    let mixed: Vec<_> = (0..8).map(|_| (512, 128..384)).collect();
+    let mut all = Vec::new();
+    for (name, mask) in [("causal", documents(&[(4096, 0..0)])), ("images", documents(&mixed))] {
+        for (count, width) in [(32, 64), (16, 128)] {
+            let heads = Heads { heads: count, kv_heads: count, width };
+            all.push(packed_case(&format!("{name}, D {width}"), heads, 4, 4096, mask.clone()).large());
+        }
+    }
+    all
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let heads = |heads, kv_heads, width| Heads { heads, kv_heads, width };
     let causal = |t: usize| documents(&[(t, 0..0)]);

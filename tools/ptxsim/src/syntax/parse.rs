@@ -494,8 +494,7 @@ impl<'a> Parser<'a> {
             self.expect(']')?;
             return Ok(Operand::Tensor(base, coordinates));
         }
-        let offset =
-            if self.eat('+') || self.peek() == Some(Token::Mark('-')) { self.integer()? } else { 0 };
+        let offset = if self.eat('+') || self.peek() == Some(Token::Mark('-')) { self.integer()? } else { 0 };
         self.expect(']')?;
         Ok(Operand::Address(base, offset))
     }
