@@ -60,6 +60,21 @@ INLINE float rsqrt_fast(float x) {
 // The address inside shared memory of a generic pointer into it.   9.7.9.20 cvta.to.shared
 INLINE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
+// Two floats to shared memory at once, 8-byte aligned.   9.7.9.11 st.shared.v2.f32
+INLINE void store_shared(u32 to, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
+}
+
+// Four floats from shared memory at once, 16-byte aligned.   9.7.9.8 ld.shared.v4.f32
+INLINE float4 load_shared(u32 from) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
 // Begins to copy 16 bytes from global to shared memory past L1, or 16 zeros where `there` is false;
 // then `from` is not read.   9.7.9.25.3.1 cp.async
 INLINE void copy_async(u32 to, const void* from, bool there) {
