@@ -177,8 +177,9 @@ INLINE void finish(const float (&acc)[T::MI][T::NI][4], u32 shared, u32 row0, u3
             float v[Out::WIDTH];
 #pragma unroll
             for (int e = 0; e < Out::WIDTH; e += 4) {
-                const float4 x = load_shared(at(r, (column + e) / 4));
-                v[e] = x.x, v[e + 1] = x.y, v[e + 2] = x.z, v[e + 3] = x.w;
+                float x[4];
+                load_shared(x, at(r, (column + e) / 4));
+                v[e] = x[0], v[e + 1] = x[1], v[e + 2] = x[2], v[e + 3] = x[3];
             }
             const u32 n = row0 + T::warp_row() + i * 16 + r, m = column0 + T::warp_column() + column;
             if (n < rows && m < columns) out(n, m, v);
@@ -206,7 +207,7 @@ INLINE void product(const bf16* a, const bf16* b, u32 rows, u32 columns, u64 a_s
     finish<T>(acc, shared, row0, column0, rows, columns, out);
 }
 
-INLINE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-1.4426950408889634f * x)); }
+INLINE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-LOG2_E * x)); }
 
 template <typename Element>
 INLINE void add(float (&v)[WIDTH<Element>], const Element* from) {
