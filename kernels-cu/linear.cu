@@ -31,7 +31,7 @@
 // linear_dw_split_128x128_f32     T,S      128    0+65536  parts | dy x | N M K depth |                               2NM+2NK+4SMK  2NMK
 // linear_dw_split_64x64_f32       T,S      128    0+32768  parts | dy x | N M K depth |                               2NM+2NK+4SMK  2NMK
 // linear_dw_sum_bf16              MK/2048  256    0        dw | parts | MK S accumulate |                             4SMK+2MK      SMK
-// linear_dw_sum_f32               MK/2048  256    0        dw | parts | MK S accumulate |                             4SMK+4MK      SMK
+// linear_dw_sum_f32               MK/1024  256    0        dw | parts | MK S accumulate |                             4SMK+4MK      SMK
 //
 // Needs   K % 8 == 0 and M % 8 == 0, so that rows are 16-byte aligned; any N. Shared
 //         memory is dynamic. bias and residual are not read unless has_bias, has_residual say so.
@@ -150,38 +150,39 @@ INLINE void multiply(float (&acc)[T::MI][T::NI][4], const A& a, const B& b, int 
     wait_copies<0>();
 }
 
-// Hands finished rows to `out(row, column, values)`, 8 columns at a time, through shared memory: the layout
-// of fragments would touch every line of global memory four times. Sixteen rows pass at once; groups of four
-// columns are swapped in pairs so that neither way conflicts.
+// Hands finished rows to `out(row, column, values)`, `Out::WIDTH` columns at a time, through shared memory: the
+// layout of fragments would touch every line of global memory four times. Sixteen rows of a warp pass at once;
+// groups of four columns are swapped in pairs so that neither way conflicts.
 template <typename T, typename Out>
-INLINE void finish(const float (&acc)[T::MI][T::NI][4], char* shared, u32 row0, u32 column0, u32 rows, u32 columns,
+INLINE void finish(const float (&acc)[T::MI][T::NI][4], u32 shared, u32 row0, u32 column0, u32 rows, u32 columns,
                    const Out& out) {
-    constexpr int STRIDE = T::WARP + 8, LANES = T::WARP / 8;
-    const u32 lane = threadIdx.x % 32;
-    float* stage = reinterpret_cast<float*>(shared) + threadIdx.x / 32 * (16 * STRIDE);
+    constexpr int STRIDE = T::WARP + 8, LANES = T::WARP / Out::WIDTH;
+    const u32 lane = threadIdx.x % 32, column = lane % LANES * Out::WIDTH;
+    const u32 stage = shared + threadIdx.x / 32 * (16 * STRIDE * 4);
     const auto at = [&](u32 row, u32 group) {
-        return stage + row * STRIDE + (group ^ (T::WARP == 64 ? group / 8 : row % 2)) * 4;
+        return stage + row * (STRIDE * 4) + (group ^ (T::WARP == 64 ? group / 8 : row % 2)) * 16;
     };
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < T::MI; i++) {
 #pragma unroll
-        for (int j = 0; j < T::NI; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float* to = at(lane / 4 + half * 8, j * 2 + lane % 4 / 2) + lane % 2 * 2;
-                *reinterpret_cast<float2*>(to) = make_float2(acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
-            }
+        for (int j = 0; j < T::NI; j++) {
+            const u32 to = lane / 4, group = j * 2 + lane % 4 / 2;
+            store_shared(at(to, group) + lane % 2 * 8, acc[i][j][0], acc[i][j][1]);
+            store_shared(at(to + 8, group) + lane % 2 * 8, acc[i][j][2], acc[i][j][3]);
+        }
         __syncwarp();
 #pragma unroll
-        for (int r = lane / LANES; r < 16; r += 32 / LANES) {
-            const u32 row = row0 + T::warp_row() + i * 16 + r;
-            const u32 column = column0 + T::warp_column() + lane % LANES * 8;
-            if (row >= rows || column >= columns) continue;
-            const float4 a = *reinterpret_cast<const float4*>(at(r, lane % LANES * 2));
-            const float4 b = *reinterpret_cast<const float4*>(at(r, lane % LANES * 2 + 1));
-            float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-            out(row, column, v);
+        for (u32 r = lane / LANES; r < 16; r += 32 / LANES) {
+            float v[Out::WIDTH];
+#pragma unroll
+            for (int e = 0; e < Out::WIDTH; e += 4) {
+                float x[4];
+                load_shared(x, at(r, (column + e) / 4));
+                v[e] = x[0], v[e + 1] = x[1], v[e + 2] = x[2], v[e + 3] = x[3];
+            }
+            const u32 n = row0 + T::warp_row() + i * 16 + r, m = column0 + T::warp_column() + column;
+            if (n < rows && m < columns) out(n, m, v);
         }
         __syncwarp();
     }
@@ -201,21 +202,24 @@ INLINE void product(const bf16* a, const bf16* b, u32 rows, u32 columns, u64 a_s
     const Factor<T::ROWS, A_ALONG> left{a, a_stride, int(rows), int(row0)};
     const Factor<T::COLUMNS, B_ALONG> right{b, b_stride, int(columns), int(column0)};
     float acc[T::MI][T::NI][4] = {};
-    multiply<T>(acc, left, right, begin, end, shared_address(shared_memory));
-    finish<T>(acc, shared_memory, row0, column0, rows, columns, out);
+    const u32 shared = shared_address(shared_memory);
+    multiply<T>(acc, left, right, begin, end, shared);
+    finish<T>(acc, shared, row0, column0, rows, columns, out);
 }
 
-INLINE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-1.4426950408889634f * x)); }
+INLINE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-LOG2_E * x)); }
 
-INLINE void add(float (&v)[8], const bf16* from) {
-    float x[8];
+template <typename Element>
+INLINE void add(float (&v)[WIDTH<Element>], const Element* from) {
+    float x[WIDTH<Element>];
     unpack(x, load16(from));
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] += x[e];
+    for (int e = 0; e < WIDTH<Element>; e++) v[e] += x[e];
 }
 
 // What a product meets on its way out. Pointers whose flags are off are not read.
 struct Epilogue {
+    static constexpr int WIDTH = 8;
     bf16 *y, *pre;
     const bf16 *bias, *residual;
     u32 columns;
@@ -272,37 +276,31 @@ INLINE void forward(const Activation& out, const bf16* x, const bf16* w, u32 row
     product<T, true, true>(x, w, rows, out.columns, depth, depth, 0, depth, out);
 }
 
+struct Store {
+    static constexpr int WIDTH = 8;
+    bf16* to;
+    u32 columns;
+
+    INLINE void operator()(u64 row, u32 column, float (&v)[8]) const { store16(to + row * columns + column, packed(v)); }
+};
+
 template <typename T>
 INLINE void backward_input(bf16* dx, const bf16* dy, const bf16* w, u32 rows, u32 columns, u32 depth) {
-    product<T, true, false>(dy, w, rows, columns, depth, columns, 0, depth, [&](u64 row, u32 column, float (&v)[8]) {
-        store16(dx + row * columns + column, packed(v));
-    });
+    product<T, true, false>(dy, w, rows, columns, depth, columns, 0, depth, Store{dx, columns});
 }
 
 // Where a gradient is stored, or added.
 template <typename Element>
 struct Sum {
+    static constexpr int WIDTH = ::WIDTH<Element>;
     Element* to;
     u32 columns;
     bool accumulate;
 
-    INLINE void operator()(u64 row, u32 column, float (&v)[8]) const { put(to + row * columns + column, v); }
-
-    INLINE void put(bf16* at, float (&v)[8]) const {
+    INLINE void operator()(u64 row, u32 column, float (&v)[WIDTH]) const {
+        Element* at = to + row * columns + column;
         if (accumulate) add(v, at);
         store16(at, packed(v));
-    }
-
-    INLINE void put(float* at, float (&v)[8]) const {
-#pragma unroll
-        for (int e = 0; e < 8; e += 4) {
-            float4 sum = make_float4(v[e], v[e + 1], v[e + 2], v[e + 3]);
-            if (accumulate) {
-                const float4 old = *reinterpret_cast<const float4*>(at + e);
-                sum = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
-            }
-            *reinterpret_cast<float4*>(at + e) = sum;
-        }
     }
 };
 
@@ -311,17 +309,20 @@ INLINE void backward_weight(const Out& out, const bf16* dy, const bf16* x, u32 r
     product<T, false, false>(dy, x, rows, columns, rows, columns, begin, end, out);
 }
 
-// dw (+)= the parts of all splits, in order; eight elements a thread.
+// dw (+)= the parts of all splits, in order.
 template <typename Element>
 INLINE void sum_parts(Element* dw, const float* parts, u32 count, u32 splits, bool accumulate) {
-    const u32 at = (blockIdx.x * 256 + threadIdx.x) * 8;
+    constexpr int N = WIDTH<Element>;
+    const u32 at = (blockIdx.x * 256 + threadIdx.x) * N;
     if (at >= count) return;
-    float v[8] = {};
+    float v[N] = {};
     for (u32 s = 0; s < splits; s++) {
-        const float4* part = reinterpret_cast<const float4*>(parts + u64(s) * count + at);
-        const float4 a = part[0], b = part[1];
-        v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w;
-        v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
+#pragma unroll
+        for (int e = 0; e < N; e += 4) {
+            float x[4];
+            unpack(x, load16(parts + u64(s) * count + at + e));
+            v[e] += x[0], v[e + 1] += x[1], v[e + 2] += x[2], v[e + 3] += x[3];
+        }
     }
     Sum<Element>{dw, count, accumulate}(0, at, v);
 }

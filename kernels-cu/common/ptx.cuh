@@ -9,6 +9,8 @@ typedef unsigned long long u64;
 
 #define INLINE __device__ __forceinline__
 #define INFINITY __int_as_float(0x7f800000)
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
 
 // The upper half of a float.
 struct bf16 {
@@ -59,6 +61,36 @@ INLINE float rsqrt_fast(float x) {
 
 // The address inside shared memory of a generic pointer into it.   9.7.9.20 cvta.to.shared
 INLINE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Words to and from shared memory, aligned to their whole size.   9.7.9.11 st.shared, 9.7.9.8 ld.shared
+INLINE void store_shared(u32 to, u32 a) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(a) : "memory"); }
+
+INLINE void store_shared(u32 to, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
+}
+
+INLINE void store_shared(u32 to, const u32 (&v)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
+INLINE void load_shared(u32& v, u32 from) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+}
+
+INLINE void load_shared(u32 (&v)[4], u32 from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+INLINE void load_shared(float (&v)[4], u32 from) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "r"(from)
+                 : "memory");
+}
 
 // Begins to copy 16 bytes from global to shared memory past L1, or 16 zeros where `there` is false;
 // then `from` is not read.   9.7.9.25.3.1 cp.async

@@ -200,6 +200,11 @@ pub fn all() -> Vec<Case> {
     ops::cases()
 }
 
+/// Large cases of the ops whose speed matters most.
+pub fn speed() -> Vec<Case> {
+    ops::speed_cases()
+}
+
 /// A case on a device.
 struct Running<D> {
     device: D,

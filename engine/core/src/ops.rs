@@ -62,6 +62,11 @@ pub const NAMES: &[&str] = &[
     "unpatchify",
 ];
 
+/// Sizes of real models, for timing.
+pub(crate) fn speed_cases() -> Vec<Case> {
+    [attention::speed_cases(), linear::speed_cases(), rmsnorm::speed_cases()].into_iter().flatten().collect()
+}
+
 /// The case tables of all ops.
 pub(crate) fn cases() -> Vec<Case> {
     [

@@ -12,6 +12,7 @@ mod commands {
     pub(crate) mod eval;
     pub(crate) mod export;
     pub(crate) mod inspect;
+    pub(crate) mod kernels;
     pub(crate) mod plan;
     pub(crate) mod sample;
     pub(crate) mod train;
@@ -54,6 +55,7 @@ enum Command {
     Inspect(commands::inspect::Inspect),
     Export(commands::export::Export),
     Doctor(commands::doctor::Doctor),
+    Kernels(commands::kernels::Kernels),
 }
 
 impl Command {
@@ -67,6 +69,7 @@ impl Command {
             Command::Inspect(c) => c.run(),
             Command::Export(c) => c.run(),
             Command::Doctor(c) => c.run(),
+            Command::Kernels(c) => c.run(),
         }
     }
 }

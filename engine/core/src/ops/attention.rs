@@ -5,6 +5,7 @@
 //! The two arrays hold for any mask whose rows are intervals: causal text, packed documents, images
 //! inside text, windows, a cache. A key outside a query's interval is never multiplied by anything
 //! that reaches the query, not even by zero: whatever it holds, NaN included, changes no bit.
+mod kernels;
 mod plain;
 
 use super::{heads::Heads, prelude::*};
@@ -867,6 +868,10 @@ impl Op for Attention {
         plain::forward(self, specs, ins)
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::forward(self, ins, on)
+    }
+
     /// See [`Attention::flops`].
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: self.flops(ins, 2), bytes: traffic(ins, outs) }
@@ -916,6 +921,10 @@ impl Op for AttentionBwd {
         plain::backward(&self.0, specs, ins)
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::backward(&self.0, ins, outs, on)
+    }
+
     /// See [`Attention::flops`].
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: self.0.flops(&ins[..self.0.operands()], 5), bytes: traffic(ins, outs) }
@@ -960,6 +969,19 @@ fn cached_case(name: &str, heads: Heads, queries: usize, width: usize, slots: &[
     .ints([batch, queries], &end)
 }
 
+/// Rows of 4096 positions: causal text, and documents of captions and images of 256 patches.
+pub(super) fn speed_cases() -> Vec<Case> {
+    let mixed: Vec<_> = (0..8).map(|_| (512, 128..384)).collect();
+    let mut all = Vec::new();
+    for (name, mask) in [("causal", documents(&[(4096, 0..0)])), ("images", documents(&mixed))] {
+        for (count, width) in [(32, 64), (16, 128)] {
+            let heads = Heads { heads: count, kv_heads: count, width };
+            all.push(packed_case(&format!("{name}, D {width}"), heads, 4, 4096, mask.clone()).large());
+        }
+    }
+    all
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let heads = |heads, kv_heads, width| Heads { heads, kv_heads, width };
     let causal = |t: usize| documents(&[(t, 0..0)]);
@@ -976,6 +998,43 @@ pub(super) fn cases() -> Vec<Case> {
         cached_case("one query", heads(4, 2, 8), 1, 32, &[3, -1, 0, 4]),
         cached_case("seven queries of packed rows", heads(4, 2, 5), 7, 40, &[2, 2, -1, 0, 9, 1]),
     ]
+    .into_iter()
+    .chain(device_cases())
+    .collect()
+}
+
+/// Head widths that kernels have, and sizes that wrap their tiles and stages.
+fn device_cases() -> Vec<Case> {
+    let heads = |heads, kv_heads, width| Heads { heads, kv_heads, width };
+    let causal = |t: usize| documents(&[(t, 0..0)]);
+    let bounds = |t: usize, f: fn(i32, i32) -> (i32, i32)| (0..t as i32).map(|i| f(i, t as i32)).unzip();
+    let mut cases = vec![];
+    for d in [32, 64, 128] {
+        let mixed = documents(&[(50, 3..40), (1, 0..0), (90, 20..84), (70, 0..70)]);
+        let masks: [(&str, Heads, usize, usize, (Vec<i32>, Vec<i32>)); 9] = [
+            ("one position", heads(2, 1, d), 3, 1, causal(1)),
+            ("causal", heads(2, 2, d), 2, 67, causal(67)),
+            ("causal, tiles and one more", heads(2, 1, d), 1, 257, causal(257)),
+            ("documents with images", heads(4, 2, d), 1, 211, mixed),
+            ("all see all", heads(3, 3, d), 1, 193, bounds(193, |_, t| (0, t))),
+            ("whole tiles", heads(1, 1, d), 2, 256, bounds(256, |_, t| (0, t))),
+            ("windows", heads(2, 1, d), 1, 229, bounds(229, |i, _| (i - 17, i + 9))),
+            ("any intervals", heads(2, 1, d), 1, 150, bounds(150, |i, t| ((i * 37) % t, (i * 53) % t))),
+            ("nothing", heads(1, 1, d), 1, 70, bounds(70, |i, _| (i, i))),
+        ];
+        cases.extend(masks.map(|(name, heads, batch, t, mask)| {
+            packed_case(&format!("{name}, heads of {d}"), heads, batch, t, mask).large()
+        }));
+        let slots: [(&str, Heads, usize, usize, &[i32]); 3] = [
+            ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1]),
+            ("seven queries of packed rows", heads(4, 1, d), 7, 6, &[2, 2, -1, 0, 9, 1]),
+            ("several tiles of queries", heads(2, 2, d), 133, 2, &[1, 4]),
+        ];
+        cases.extend(slots.map(|(name, heads, queries, columns, slots)| {
+            cached_case(&format!("{name}, heads of {d}"), heads, queries, columns * d, slots).large()
+        }));
+    }
+    cases
 }
 
 #[cfg(test)]

@@ -245,6 +245,20 @@ impl Op for LinearDw {
     }
 }
 
+/// A large square product, and those of a layer of the 1.4B model.
+pub(super) fn speed_cases() -> Vec<Case> {
+    [(8192, 8192, 8192), (16_384, 2048, 6144), (16_384, 2048, 2048), (16_384, 5504, 2048)]
+        .map(|(n, k, m)| {
+            let build = |g: &mut Graph, x: &[Tensor]| vec![g.linear(x[0], x[1], Epilogue::default())];
+            Case::new("linear", format!("{n}x{k}x{m}"), build)
+                .normal([n, k])
+                .normal([m, k])
+                .accumulating()
+                .large()
+        })
+        .into()
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let plain = |n: usize, k: usize, m: usize| {
         let build = |g: &mut Graph, x: &[Tensor]| vec![g.linear(x[0], x[1], Epilogue::default())];

@@ -144,6 +144,16 @@ impl Op for RmsNormBwd {
     }
 }
 
+/// Rows of the 0.16B and the 7B model.
+pub(super) fn speed_cases() -> Vec<Case> {
+    [(65_536, 768), (16_384, 4096)]
+        .map(|(n, c)| {
+            let build = |g: &mut Graph, x: &[Tensor]| vec![g.rmsnorm(x[0], x[1], 1e-5)];
+            Case::new("rmsnorm", format!("{n}x{c}"), build).normal([n, c]).normal([c]).accumulating().large()
+        })
+        .into()
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let case = |n: usize, c: usize| {
         let build = |g: &mut Graph, x: &[Tensor]| vec![g.rmsnorm(x[0], x[1], 1e-5)];

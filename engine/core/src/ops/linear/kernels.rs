@@ -28,8 +28,8 @@ const STAGE: u32 = 32;
 /// Most parts that the depth is split into, and the least depth of a part.
 const PARTS: u32 = 16;
 const PART_DEPTH: u32 = 128;
-/// Elements that a block of the pass over the parts adds.
-const SUM_ELEMENTS: u32 = 256 * 8;
+/// Bytes of dw that a block of the pass over the parts writes: 16 a thread.
+const SUM_BYTES: u32 = 256 * 16;
 /// What a byte moved and a launch cost, in multiply-adds of one SM: about 1.5 T/s of the one against
 /// 4 TB/s and 2 us shared by all.
 const BYTE_COST: f64 = 0.35;
@@ -189,7 +189,7 @@ pub(super) fn backward_weight(
     let split = kernel(entry, parts, Arg::scratch(0), Arg::U32(depth));
     let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(count), Arg::U32(parts), accumulate];
     let entry = format!("linear_dw_sum_{}", dw.name());
-    let sum = Launch::kernel(entry, [count.div_ceil(SUM_ELEMENTS), 1, 1], 256, 0, args);
+    let sum = Launch::kernel(entry, [count.div_ceil(SUM_BYTES / dw.size() as u32), 1, 1], 256, 0, args);
     Ok(Kernels { scratch: vec![parts as usize * m * k * 4], launches: product.launches(vec![split, sum]) })
 }
 
@@ -229,7 +229,7 @@ mod tests {
         let dw = Spec::new([768, 768], DType::F32);
         let k = backward_weight(&ins, &[dw], true, &Target::H200).unwrap();
         let [(split, [36, parts, 1]), ("linear_dw_sum_f32", sum)] = launches(&k)[..] else { panic!("{k:?}") };
-        assert_eq!((split, sum), ("linear_dw_split_128x128_f32", [288, 1, 1]));
+        assert_eq!((split, sum), ("linear_dw_split_128x128_f32", [576, 1, 1]));
         assert!(parts >= 3 && k.scratch == [parts as usize * 768 * 768 * 4], "{k:?}");
         let few = [spec([100, 768]), spec([100, 768])];
         assert_eq!(backward_weight(&few, &[dw], true, &Target::H200).unwrap().launches.len(), 1);

@@ -1,0 +1,288 @@
+//! What `kernels-cu/attention.cu` is launched with.
+use super::super::prelude::*;
+use super::Attention;
+use crate::launch::Operand;
+
+const THREADS: u32 = 128;
+/// Queries of a forward tile and of a tile of dq.
+const QUERIES: u32 = 128;
+/// Queries that share a span, and the tile of the pass that prepares them.
+const SPAN: u32 = 64;
+/// Keys of a forward tile.
+const KEYS: u32 = 64;
+
+/// Tiles and shared bytes that depend on the head width.
+#[derive(Clone, Copy, Debug)]
+struct Width {
+    width: u32,
+    /// Keys of a block that makes dk and dv.
+    own_keys: u32,
+    /// Keys that pass by a block that makes dq.
+    passing_keys: u32,
+}
+
+impl Width {
+    fn new(width: usize) -> Result<Width, String> {
+        match width {
+            32 | 64 => Ok(Width { width: width as u32, own_keys: 128, passing_keys: 64 }),
+            128 => Ok(Width { width: 128, own_keys: 64, passing_keys: 32 }),
+            _ => Err(format!("no kernel has heads of {width}; use 32, 64 or 128, or the CPU device")),
+        }
+    }
+
+    /// Bytes of a tile of rows.
+    fn tile(self, rows: u32) -> u32 {
+        rows * self.width * 2
+    }
+
+    /// Queries, and two stages of keys and values.
+    fn forward_shared(self) -> u32 {
+        self.tile(QUERIES) + 4 * self.tile(KEYS)
+    }
+
+    /// Keys and values, and two stages of queries, gradients, their stats, intervals and span.
+    fn keys_shared(self) -> u32 {
+        2 * self.tile(self.own_keys) + 2 * (2 * self.tile(SPAN) + SPAN * 16 + 128)
+    }
+
+    /// Queries and gradients, and two stages of keys and values.
+    fn queries_shared(self) -> u32 {
+        2 * self.tile(QUERIES) + 4 * self.tile(self.passing_keys)
+    }
+}
+
+/// The operands of either form, as the kernels receive them.
+struct Problem {
+    width: Width,
+    /// Byte offsets of keys and values in their operands.
+    q: Arg,
+    k: Arg,
+    v: Arg,
+    slots: Arg,
+    start: Arg,
+    end: Arg,
+    batch: u32,
+    queries: u32,
+    keys: u32,
+    heads: u32,
+    kv_heads: u32,
+    q_stride: u32,
+    kv_stride: u32,
+    /// How many caches there are; 0 where batch rows hold their own keys.
+    caches: u32,
+    scale: f32,
+}
+
+impl Problem {
+    fn new(op: &Attention, ins: &[Spec], on: &Target) -> Result<Problem, String> {
+        let [batch, queries, keys] = op.sizes(ins)?;
+        let h = op.heads;
+        let floats = if op.cached { &ins[..3] } else { &ins[..1] };
+        if let Some(s) = floats.iter().find(|s| s.dtype != DType::Bf16) {
+            return Err(format!("the tensor cores multiply bf16, not {s:?}; cast it, or use the CPU device"));
+        }
+        let width = Width::new(h.width)?;
+        let need = width.forward_shared().max(width.keys_shared()).max(width.queries_shared());
+        if need > on.shared {
+            return Err(format!("{} has too little shared memory for heads of {}", on.name, h.width));
+        }
+        let (q_stride, kv_stride) =
+            (size(ins[0].shape.last())?, size(if op.cached { h.kv_columns() } else { ins[0].shape.last() })?);
+        if !q_stride.is_multiple_of(8) {
+            return Err(format!("rows of {q_stride} are no multiple of 8; pad them, or use the CPU device"));
+        }
+        if batch.max(h.heads) > 65535 {
+            return Err(format!("{batch} rows of {} heads exceed the grid; split the batch", h.heads));
+        }
+        let inside = |columns: usize| Arg::Address(Operand::In(0), columns as u64 * 2);
+        let input = Arg::input;
+        // The form without caches does not read the slots; any operand stands for them.
+        let [k, v, slots, start, end] = match op.cached {
+            true => [input(1), input(2), input(3), input(4), input(5)],
+            false => [inside(h.q_columns()), inside(h.qk_columns()), input(1), input(1), input(2)],
+        };
+        Ok(Problem {
+            width,
+            q: input(0),
+            k,
+            v,
+            slots,
+            start,
+            end,
+            batch: size(batch)?,
+            queries: size(queries)?,
+            keys: size(keys)?,
+            heads: size(h.heads)?,
+            kv_heads: size(h.kv_heads)?,
+            q_stride,
+            kv_stride,
+            caches: if op.cached { size(ins[1].shape.dims()[0])? } else { 0 },
+            scale: (1.0 / (h.width as f64).sqrt()) as f32,
+        })
+    }
+
+    fn entry(&self, pass: &str) -> String {
+        format!("attention_{pass}_d{}_bf16", self.width.width)
+    }
+
+    /// The sizes that the three large kernels share, and the scale.
+    fn sizes(&self) -> Vec<Arg> {
+        let group = self.heads / self.kv_heads;
+        let sizes = [self.queries, self.keys, self.heads, group, self.q_stride, self.kv_stride, self.caches];
+        sizes.map(Arg::U32).into_iter().chain([Arg::F32(self.scale)]).collect()
+    }
+
+    /// Blocks over tiles of queries, heads and batch rows.
+    fn over_queries(&self, tile: u32) -> [u32; 3] {
+        [self.queries.div_ceil(tile), self.heads, self.batch]
+    }
+
+    fn is_empty(&self) -> bool {
+        self.batch == 0 || self.queries == 0
+    }
+}
+
+pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let p = Problem::new(op, ins, on)?;
+    if p.is_empty() {
+        return Ok(Kernels::default());
+    }
+    let mut args = vec![Arg::output(0), Arg::output(1)];
+    args.extend([&p.q, &p.k, &p.v, &p.slots, &p.start, &p.end].map(Arg::clone));
+    args.extend(p.sizes());
+    let (grid, shared) = (p.over_queries(QUERIES), p.width.forward_shared());
+    Ok(Kernels {
+        scratch: vec![],
+        launches: vec![Launch::kernel(p.entry("fwd"), grid, THREADS, shared, args)],
+    })
+}
+
+/// Scratch: stats (2 f32 a query and head), intervals (2 i32 a query), spans (4 i32 for 64 queries).
+pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let own = op.operands();
+    let p = Problem::new(op, &ins[..own], on)?;
+    let fill = |o: usize| Launch::Fill { what: Operand::Out(o), byte: 0 };
+    if p.is_empty() {
+        return Ok(Kernels { scratch: vec![], launches: (0..outs.len()).map(fill).collect() });
+    }
+    let spans = p.queries.div_ceil(SPAN) as usize;
+    let rows = p.batch as usize * spans * SPAN as usize;
+    let scratch = vec![rows * p.heads as usize * 8, rows * 8, p.batch as usize * spans * 16];
+    let [o, lse, grad] = [own, own + 1, own + 2].map(Arg::input);
+    let prepared = [Arg::scratch(0), Arg::scratch(1), Arg::scratch(2)];
+    let h = op.heads;
+    let [dq, dk, dv] = match op.cached {
+        true => [0, 1, 2].map(Arg::output),
+        false => [0, h.q_columns(), h.qk_columns()].map(|c| Arg::Address(Operand::Out(0), c as u64 * 2)),
+    };
+
+    let mut args = prepared.to_vec();
+    args.extend([&o, &lse, &grad, &p.slots, &p.start, &p.end].map(Arg::clone));
+    args.extend([p.queries, p.keys, p.heads, p.caches].map(Arg::U32));
+    let prepare = Launch::kernel(p.entry("bwd_prepare"), p.over_queries(SPAN), THREADS, 0, args);
+
+    let reads: Vec<Arg> =
+        [&p.q, &p.k, &p.v, &grad].into_iter().chain(&prepared).chain([&p.slots]).cloned().collect();
+    let mut args = vec![dk, dv];
+    args.extend(reads.clone());
+    args.push(Arg::U32(p.batch));
+    args.extend(p.sizes());
+    let caches = if op.cached { p.caches } else { p.batch };
+    let grid = [p.keys.div_ceil(p.width.own_keys), p.kv_heads, caches];
+    let keys = Launch::kernel(p.entry("bwd_keys"), grid, THREADS, p.width.keys_shared(), args);
+
+    let mut args = vec![dq];
+    args.extend(reads);
+    args.extend(p.sizes());
+    let queries = Launch::kernel(
+        p.entry("bwd_queries"),
+        p.over_queries(QUERIES),
+        THREADS,
+        p.width.queries_shared(),
+        args,
+    );
+
+    // Columns of packed rows beside the queries.
+    let others = (op.cached && ins[0].shape.last() > h.q_columns()).then(|| fill(0));
+    let keys = (!grid.contains(&0)).then_some(keys);
+    let launches = others.into_iter().chain([prepare]).chain(keys).chain([queries]).collect();
+    Ok(Kernels { scratch, launches })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Heads;
+    use super::*;
+
+    fn packed(batch: usize, t: usize, heads: Heads, dtype: DType) -> [Spec; 3] {
+        let mask = Spec::new([batch, t], DType::I32);
+        [Spec::new([batch, t, heads.packed_width()], dtype), mask, mask]
+    }
+
+    fn op(heads: usize, kv_heads: usize, width: usize, cached: bool) -> Attention {
+        Attention { heads: Heads { heads, kv_heads, width }, cached }
+    }
+
+    fn launches(kernels: &Kernels) -> Vec<(&str, [u32; 3], u32)> {
+        let of = |l| match l {
+            &Launch::Kernel { ref entry, grid, shared, .. } => (entry.as_str(), grid, shared),
+            Launch::Fill { .. } => ("fill", [0; 3], 0),
+            other => panic!("{other:?}"),
+        };
+        kernels.launches.iter().map(of).collect()
+    }
+
+    #[test]
+    fn packed_rows_point_into_one_operand() {
+        let op = op(4, 2, 64, false);
+        let k = forward(&op, &packed(3, 300, op.heads, DType::Bf16), &Target::H200).unwrap();
+        assert_eq!(launches(&k), [("attention_fwd_d64_bf16", [3, 4, 3], 48 << 10)]);
+        let Launch::Kernel { args, .. } = &k.launches[0] else { panic!("{k:?}") };
+        let at = |columns: u64| Arg::Address(Operand::In(0), columns * 2);
+        assert_eq!(args[2..5], [at(0), at(256), at(384)]);
+    }
+
+    #[test]
+    fn backward_prepares_then_makes_keys_and_queries() {
+        let op = op(4, 2, 128, false);
+        let [qkv, start, end] = packed(3, 300, op.heads, DType::Bf16);
+        let o = Spec::new([3, 300, 512], DType::Bf16);
+        let lse = Spec::new([3, 4, 300], DType::F32);
+        let k = backward(&op, &[qkv, start, end, o, lse, o], &[qkv], &Target::H200).unwrap();
+        assert_eq!(k.scratch, [3 * 320 * 4 * 8, 3 * 320 * 8, 3 * 5 * 16]);
+        assert_eq!(
+            launches(&k),
+            [
+                ("attention_bwd_prepare_d128_bf16", [5, 4, 3], 0),
+                ("attention_bwd_keys_d128_bf16", [5, 2, 3], 100_608),
+                ("attention_bwd_queries_d128_bf16", [3, 4, 3], 98_304),
+            ]
+        );
+    }
+
+    #[test]
+    fn cached_rows_clear_the_columns_beside_the_queries() {
+        let op = op(2, 1, 32, true);
+        let (q, cache) = (Spec::new([3, 7, 128], DType::Bf16), Spec::new([5, 19, 32], DType::Bf16));
+        let (slots, mask) = (Spec::new([3], DType::I32), Spec::new([3, 7], DType::I32));
+        let (o, lse) = (Spec::new([3, 7, 64], DType::Bf16), Spec::new([3, 2, 7], DType::F32));
+        let ins = [q, cache, cache, slots, mask, mask, o, lse, o];
+        let k = backward(&op, &ins, &[q, cache, cache], &Target::H200).unwrap();
+        let names: Vec<_> = launches(&k).into_iter().map(|l| l.0).collect();
+        let passes = ["prepare", "keys", "queries"].map(|p| format!("attention_bwd_{p}_d32_bf16"));
+        assert_eq!(names[0], "fill");
+        assert_eq!(names[1..], passes);
+        assert_eq!(launches(&k)[2].1, [1, 1, 5]);
+    }
+
+    #[test]
+    fn refusals_name_the_remedy() {
+        let refused =
+            |op: &Attention, dtype| forward(op, &packed(1, 5, op.heads, dtype), &Target::H200).unwrap_err();
+        assert!(refused(&op(2, 1, 40, false), DType::Bf16).contains("32, 64 or 128"));
+        assert!(refused(&op(2, 1, 64, false), DType::F32).contains("cast"));
+        let poor = Target { shared: 64 << 10, ..Target::H200 };
+        let wide = op(1, 1, 128, false);
+        assert!(forward(&wide, &packed(1, 5, wide.heads, DType::Bf16), &poor).is_err());
+    }
+}

@@ -1,0 +1,43 @@
+//! `transfusion kernels`.
+mod bench;
+mod check;
+mod list;
+mod sim;
+mod workbench;
+
+use crate::failure::Outcome;
+use clap::{Args, Subcommand};
+
+/// Look at, check, time and replace the GPU kernels.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  transfusion kernels list
+  transfusion kernels check rmsnorm
+  transfusion kernels check rmsnorm --cu my_rmsnorm.cu
+  transfusion kernels bench linear --device cuda --cu my_linear.cu
+  transfusion kernels sim scale.ptx scale --grid 4 --block 256 out:y.bin:4096 in:x.bin f32:2 u32:1024")]
+pub(crate) struct Kernels {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    List(list::List),
+    Check(check::Check),
+    Bench(bench::Bench),
+    Sim(sim::Sim),
+}
+
+impl Kernels {
+    /// Does it.
+    pub(crate) fn run(self) -> Outcome {
+        match self.what {
+            What::List(c) => c.run(),
+            What::Check(c) => c.run(),
+            What::Bench(c) => c.run(),
+            What::Sim(c) => c.run(),
+        }
+    }
+}

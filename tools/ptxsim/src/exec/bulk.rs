@@ -1,0 +1,512 @@
+//! Bulk copies of the asynchronous proxy: TMA tiles and plain ranges, loads, stores and reductions.
+//!
+//! A load is performed when someone looks at its mbarrier, a store when its group is waited for: as late as the
+//! kernel allows.
+
+use super::lane::lanes;
+use super::memory::{Kind, all_written, shared_place};
+use super::shadow::Agent;
+use super::team::Cta;
+use super::warp::{Knowledge, Warp};
+use super::{Flow, Inst, Instruction, Machine};
+use crate::finding::{FindingKind, Place};
+use crate::launch::Format;
+use crate::math::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::run::{Map, PARAM_SLOT, Run};
+
+/// Bytes that move together: up to 16, at one shared address.
+#[derive(Clone, Copy)]
+pub(crate) struct Piece {
+    shared: u32,
+    global: u64,
+    /// Bytes within the tensor; a load fills the rest with zeros, a store leaves it out.
+    valid: u32,
+}
+
+const PIECE: u32 = 16;
+
+/// A load under way into a block.
+pub(crate) struct Transfer {
+    mbarrier: u32,
+    pieces: Vec<Piece>,
+    knows: Knowledge,
+    pub(crate) pc: u32,
+    pub(crate) thread: u32,
+}
+
+impl Transfer {
+    /// The first shared address.
+    pub(crate) fn first(&self) -> u32 {
+        self.pieces.first().map_or(0, |p| p.shared)
+    }
+}
+
+/// How a bulk store combines with what is there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Reduction {
+    None,
+    Add,
+    Min,
+    Max,
+}
+
+/// A store under way from a block.
+pub(crate) struct BulkStore {
+    lane: u8,
+    pieces: Vec<Piece>,
+    reduction: Reduction,
+    element: u32,
+    format: Format,
+    serial: u32,
+    /// The group of its lane that `commit_group` closed over it.
+    group: Option<u64>,
+    pc: u32,
+}
+
+/// Performs the loads that the mbarrier at `address` waits for.
+pub(crate) fn deliver_loads(x: &mut Machine<'_>, address: u32) {
+    let (rank, local) = x.shared_target(address);
+    if rank >= x.ctas.len() {
+        return;
+    }
+    let mut at = 0;
+    while let Some(found) = x.ctas[rank].loads[at..].iter().position(|t| t.mbarrier == local) {
+        at += found;
+        // A shuffled schedule leaves some for the next look.
+        let delay = x.run.seed().is_some_and(|seed| {
+            (seed ^ u64::from(x.warp.serial)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 63 == 1
+        });
+        if delay {
+            return;
+        }
+        let load = x.ctas[rank].loads.remove(at);
+        perform_load(x.run, &mut x.ctas[rank], &load);
+        *x.progress += 1;
+    }
+}
+
+fn perform_load(run: &Run<'_>, cta: &mut Cta, load: &Transfer) {
+    for p in &load.pieces {
+        let to = cta.shared(p.shared);
+        // SAFETY: both sides were admitted when the copy was issued, and windows do not move.
+        unsafe {
+            std::ptr::write_bytes(to, 0, PIECE as usize);
+            if p.valid > 0
+                && let Some(from) = run.find(p.global, p.valid.into(), 1, false)
+            {
+                std::ptr::copy_nonoverlapping(from.data, to, p.valid as usize);
+            }
+        }
+        if let Some(shadow) = &mut cta.shadow {
+            shadow.set_pending(p.shared, PIECE, false);
+        }
+    }
+    super::mbarrier::deliver(cta, load.mbarrier, load.pieces.len() as u32 * PIECE, &load.knows);
+}
+
+impl Machine<'_> {
+    /// The tensor map that a generic address of a parameter names.
+    fn map(&self, address: u64, lane: usize) -> Option<&Map> {
+        let here = |m: &&Map| u64::from(m.parameter) == address & 0xffff_ffff;
+        let found =
+            self.run.maps.iter().find(here).filter(|_| address >> 32 == PARAM_SLOT || address >> 32 == 0);
+        if found.is_none() {
+            let why = "the address is no parameter that the launch filled with a tensor map";
+            self.report(FindingKind::Operand, lane, Place::None, why);
+        }
+        found
+    }
+
+    /// The pieces of a tile.
+    fn tile(&self, map: &Map, shared: u32, start: &[i64], lane: usize) -> Option<Vec<Piece>> {
+        let period = (map.swizzle.span() * 8).max(128);
+        if start.len() != map.tile.len() {
+            let why = format!("{} coordinates for a tensor of {} dimensions", start.len(), map.tile.len());
+            self.report(FindingKind::Operand, lane, Place::None, why);
+            return None;
+        }
+        if shared % period != 0 {
+            let why = format!("a tile with this swizzle starts at a multiple of {period} bytes");
+            self.report(FindingKind::Misaligned, lane, shared_place(shared), why);
+            return None;
+        }
+        let row_bytes = map.tile[0] * map.element;
+        let rows: u32 = map.tile[1..].iter().product();
+        let mut pieces = Vec::with_capacity((rows * row_bytes / PIECE) as usize);
+        for row in 0..rows {
+            let (mut rest, mut offset, mut inside) = (row, 0u64, true);
+            for d in 1..map.tile.len() {
+                let at = start[d] + i64::from(rest % map.tile[d]);
+                rest /= map.tile[d];
+                inside &= at >= 0 && (at as u64) < map.extents[d];
+                offset = offset.wrapping_add((at as u64).wrapping_mul(map.strides[d - 1]));
+            }
+            for unit in (0..row_bytes).step_by(PIECE as usize) {
+                let first = start[0] * i64::from(map.element) + i64::from(unit);
+                let end = (map.extents[0] * u64::from(map.element)) as i64;
+                // Elements before the tensor would leave a gap at the front of a piece; hardware asks for starts
+                // at multiples of 16 bytes as far as this matters.
+                let valid =
+                    if inside && first >= 0 { (end - first).clamp(0, PIECE.into()) as u32 } else { 0 };
+                pieces.push(Piece {
+                    shared: map.swizzle.apply(shared + row * row_bytes + unit),
+                    global: map.origin.wrapping_add(offset).wrapping_add(first as u64),
+                    valid,
+                });
+            }
+        }
+        if start[0] < 0 && start[0] * i64::from(map.element) % i64::from(PIECE) != 0 {
+            let why = "a start before the tensor at no multiple of 16 bytes is not simulated";
+            self.report(FindingKind::Operand, lane, Place::None, why);
+        }
+        Some(pieces)
+    }
+
+    /// The pieces of a plain range.
+    fn range(&self, shared: u32, global: u64, bytes: u32, lane: usize) -> Option<Vec<Piece>> {
+        if !bytes.is_multiple_of(PIECE) || shared % PIECE != 0 || global % 16 != 0 {
+            let why = "a bulk copy needs addresses and sizes that are multiples of 16";
+            self.report(FindingKind::Misaligned, lane, shared_place(shared), why);
+            return None;
+        }
+        let piece = |n: u32| Piece { shared: shared + n, global: global + u64::from(n), valid: PIECE };
+        Some((0..bytes).step_by(PIECE as usize).map(piece).collect())
+    }
+
+    /// Checks the global side of a copy; returns whether all of it may be touched.
+    fn pieces_in_bounds(&mut self, pieces: &[Piece], write: bool, reads: bool, lane: usize) -> bool {
+        let mut sectors = 0;
+        for p in pieces.iter().filter(|p| p.valid > 0) {
+            let Some(bytes) = self.global_bytes(p.global, p.valid.into(), 1, write, lane) else {
+                return false;
+            };
+            // SAFETY: `valid` bytes were admitted, each with its mark.
+            let written = || unsafe { (0..p.valid).all(|n| all_written(bytes.written.add(n as usize), 1)) };
+            if reads && self.run.uninitialised && !written() {
+                let why = "bulk copy of bytes that nothing wrote";
+                self.report(FindingKind::Uninitialised, lane, self.run.place(p.global), why);
+            }
+            sectors += (p.global % 32 + u64::from(p.valid)).div_ceil(32);
+        }
+        let site = &mut self.tally.sites[self.pc as usize];
+        site.bytes += pieces.iter().map(|p| u64::from(p.valid)).sum::<u64>();
+        // Two pieces of 16 bytes share a sector where they follow one another.
+        site.sectors += sectors.div_ceil(2);
+        true
+    }
+
+    /// Checks the shared side of a load into a block, and marks it as under way.
+    fn begin_load(&mut self, rank: usize, pieces: &[Piece], lane: usize) -> bool {
+        for p in pieces {
+            if !self.shared_in_bounds(rank, p.shared, PIECE, lane, true) {
+                return false;
+            }
+        }
+        if !self.run.shadowed {
+            return true;
+        }
+        let column = self.ctas[rank].columns.loads;
+        self.ctas[rank].load_serial += 1;
+        let serial = self.ctas[rank].load_serial;
+        for p in pieces {
+            let who = bulk_agent(self.warp, lane, (column, serial), self.pc);
+            let Some(shadow) = &mut self.ctas[rank].shadow else { break };
+            let faults = shadow.write(&who, p.shared, PIECE);
+            shadow.set_pending(p.shared, PIECE, true);
+            if faults.any() {
+                self.report_shared(faults, rank, p.shared, lane, Kind::Write);
+            }
+        }
+        true
+    }
+
+    /// Issues a load into the blocks of `targets`, each with its own mbarrier at the same address.
+    fn load(&mut self, pieces: Vec<Piece>, mbarrier: u32, targets: impl Iterator<Item = usize>, lane: usize) {
+        if !self.pieces_in_bounds(&pieces, false, true, lane) {
+            return;
+        }
+        for rank in targets {
+            if rank >= self.ctas.len() {
+                let why = format!("multicast to block {rank} of a cluster of {}", self.ctas.len());
+                self.report(FindingKind::Operand, lane, Place::None, why);
+                continue;
+            }
+            if !self.ctas[rank].mbarriers.contains_key(&mbarrier) {
+                let why = "there is no mbarrier here: `mbarrier.init` has not been executed";
+                self.report(FindingKind::Mbarrier, lane, shared_place(mbarrier), why);
+                continue;
+            }
+            if !self.begin_load(rank, &pieces, lane) {
+                continue;
+            }
+            let mut knows = self.warp.knows.clone();
+            if let Some(own) = knows.clock.get_mut(self.ctas[rank].columns.loads as usize) {
+                *own = self.ctas[rank].load_serial;
+            }
+            let thread = self.warp.index as u32 * 32 + lane as u32;
+            let load = Transfer { mbarrier, pieces: pieces.clone(), knows, pc: self.pc, thread };
+            self.ctas[rank].loads.push(load);
+        }
+        *self.progress += 1;
+    }
+
+    /// Issues a store from this block.
+    fn store(&mut self, pieces: Vec<Piece>, combine: (Reduction, u32, Format), lane: usize) {
+        let (reduction, element, format) = combine;
+        let rank = self.rank;
+        if !pieces.iter().all(|p| self.shared_in_bounds(rank, p.shared, PIECE, lane, false))
+            || !self.pieces_in_bounds(&pieces, true, reduction != Reduction::None, lane)
+        {
+            return;
+        }
+        self.ctas[rank].store_serial += 1;
+        let serial = self.ctas[rank].store_serial;
+        if self.run.shadowed {
+            let column = self.ctas[rank].columns.stores;
+            for p in pieces.iter().filter(|p| p.valid > 0) {
+                let who = bulk_agent(self.warp, lane, (column, serial), self.pc);
+                let Some(shadow) = &mut self.ctas[rank].shadow else { break };
+                let faults = shadow.read(&who, p.shared, PIECE);
+                if faults.any() {
+                    self.report_shared(faults, rank, p.shared, lane, Kind::Read);
+                }
+            }
+        }
+        let (lane, pc) = (lane as u8, self.pc);
+        let store = BulkStore { lane, pieces, reduction, element, format, serial, group: None, pc };
+        self.warp.bulk_stores.push(store);
+    }
+}
+
+fn bulk_agent(warp: &Warp, lane: usize, record: (u16, u32), pc: u32) -> Agent<'_> {
+    let mut who = super::memory::agent(warp, lane, false, pc);
+    who.record = record;
+    who.asynchronous = true;
+    who
+}
+
+/// Performs the stores of the lanes of a warp but for the `keep` latest groups of each.
+fn perform_stores(run: &Run<'_>, cta: &mut Cta, warp: &mut Warp, waiting: u32, keep: u64) {
+    let groups = warp.bulk_groups;
+    let done = |s: &BulkStore| {
+        let lane = usize::from(s.lane);
+        waiting >> lane & 1 != 0 && s.group.is_some_and(|g| g + keep < groups[lane])
+    };
+    for store in warp.bulk_stores.iter().filter(|s| done(s)) {
+        perform_store(run, cta, store);
+        if let Some(known) = warp.knows.clock.get_mut(cta.columns.stores as usize) {
+            *known = (*known).max(store.serial);
+        }
+    }
+    warp.bulk_stores.retain(|s| !done(s));
+}
+
+/// A warp ends: whatever it stored in bulk is performed, waited for or not.
+pub(crate) fn finish_stores(run: &Run<'_>, ctas: &mut [Cta], rank: usize, warp: &mut Warp) {
+    for store in std::mem::take(&mut warp.bulk_stores) {
+        if store.group.is_none() {
+            let message = "a bulk store that no `commit_group` follows";
+            let thread = warp.index as u32 * 32 + u32::from(store.lane);
+            run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
+        }
+        perform_store(run, &mut ctas[rank], &store);
+    }
+}
+
+fn perform_store(run: &Run<'_>, cta: &mut Cta, store: &BulkStore) {
+    for p in store.pieces.iter().filter(|p| p.valid > 0) {
+        let from = cta.shared(p.shared);
+        let Some(to) = run.find(p.global, p.valid.into(), 1, true) else { continue };
+        // SAFETY: both sides were admitted when the store was issued, and windows do not move.
+        unsafe {
+            if store.reduction == Reduction::None {
+                std::ptr::copy_nonoverlapping(from, to.data, p.valid as usize);
+            } else {
+                for n in (0..p.valid).step_by(store.element as usize) {
+                    let (from, to) = (from.add(n as usize), to.data.add(n as usize));
+                    combine(from, to, store);
+                }
+            }
+            std::ptr::write_bytes(to.written, 1, p.valid as usize);
+        }
+    }
+}
+
+/// One element of a reducing store.
+///
+/// # Safety
+///
+/// Both pointers must be good for an element.
+unsafe fn combine(from: *const u8, to: *mut u8, store: &BulkStore) {
+    let float = |a: f64, b: f64| match store.reduction {
+        Reduction::Min => a.min(b),
+        Reduction::Max => a.max(b),
+        _ => a + b,
+    };
+    let integer = |a: u64, b: u64| match store.reduction {
+        Reduction::Min => a.min(b),
+        Reduction::Max => a.max(b),
+        _ => a.wrapping_add(b),
+    };
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match (store.format, store.element) {
+            (Format::Float, 4) => {
+                let (a, b) = (from.cast::<f32>().read_unaligned(), to.cast::<f32>().read_unaligned());
+                let sum =
+                    if store.reduction == Reduction::Add { a + b } else { float(a.into(), b.into()) as f32 };
+                to.cast::<f32>().write_unaligned(sum);
+            }
+            (Format::Float, 8) => {
+                let (a, b) = (from.cast::<f64>().read_unaligned(), to.cast::<f64>().read_unaligned());
+                to.cast::<f64>().write_unaligned(float(a, b));
+            }
+            (Format::Float, _) => {
+                let (a, b) = (from.cast::<u16>().read_unaligned(), to.cast::<u16>().read_unaligned());
+                let sum = float(f16_to_f32(a).into(), f16_to_f32(b).into()) as f32;
+                to.cast::<u16>().write_unaligned(f32_to_f16(sum));
+            }
+            (Format::Bf16, _) => {
+                let (a, b) = (from.cast::<u16>().read_unaligned(), to.cast::<u16>().read_unaligned());
+                let sum = float(bf16_to_f32(a).into(), bf16_to_f32(b).into()) as f32;
+                to.cast::<u16>().write_unaligned(f32_to_bf16(sum));
+            }
+            (Format::Integer, size) => {
+                let (mut a, mut b) = ([0; 8], [0; 8]);
+                std::ptr::copy_nonoverlapping(from, a.as_mut_ptr(), size as usize);
+                std::ptr::copy_nonoverlapping(to, b.as_mut_ptr(), size as usize);
+                let sum = integer(u64::from_le_bytes(a), u64::from_le_bytes(b)).to_le_bytes();
+                std::ptr::copy_nonoverlapping(sum.as_ptr(), to, size as usize);
+            }
+        }
+    }
+}
+
+/// The coordinates in the list, from `first`.
+fn coordinates(x: &Machine<'_>, i: &Inst, lane: usize) -> Vec<i64> {
+    (0..usize::from(i.count)).map(|n| i64::from(x.warp.registers.lane::<i32>(x.listed(i, n), lane))).collect()
+}
+
+/// `cp.async.bulk.tensor` from global to shared memory: shared address in row `d`, map in wide row `a`, mbarrier in
+/// row `b`, `count` coordinates in the list; `mode` 1 multicasts to the blocks of the mask in row `c`.
+pub(crate) struct LoadTile;
+
+impl Instruction for LoadTile {
+    unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
+        for l in lanes(x.active) {
+            let start = coordinates(x, i, l);
+            let map = x.warp.registers.lane::<u64>(i.a, l);
+            let (target, shared) = x.shared_target(x.warp.registers.lane::<u32>(i.d, l));
+            let (_, mbarrier) = x.shared_target(x.warp.registers.lane::<u32>(i.b, l));
+            let Some(pieces) = x.map(map, l).and_then(|m| x.tile(m, shared, &start, l)) else { continue };
+            if i.mode == 1 {
+                let mask = x.warp.registers.lane::<u16>(i.c, l);
+                x.load(pieces, mbarrier, lanes(mask.into()), l);
+            } else {
+                x.load(pieces, mbarrier, std::iter::once(target), l);
+            }
+        }
+        Flow::Next
+    }
+}
+
+/// `cp.async.bulk.tensor` and `cp.reduce.async.bulk.tensor` from shared to global memory: shared address in row
+/// `d`, map in wide row `a`, coordinates in the list; `mode` is the [`Reduction`].
+pub(crate) struct StoreTile;
+
+impl Instruction for StoreTile {
+    unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
+        for l in lanes(x.active) {
+            let start = coordinates(x, i, l);
+            let address = x.warp.registers.lane::<u64>(i.a, l);
+            let shared = x.warp.registers.lane::<u32>(i.d, l);
+            let Some(map) = x.map(address, l) else { continue };
+            let combine = (reduction(i.mode), map.element, map.format);
+            let Some(pieces) = x.tile(map, shared, &start, l) else { continue };
+            x.store(pieces, combine, l);
+        }
+        Flow::Next
+    }
+}
+
+fn reduction(mode: u8) -> Reduction {
+    match mode {
+        1 => Reduction::Add,
+        2 => Reduction::Min,
+        3 => Reduction::Max,
+        _ => Reduction::None,
+    }
+}
+
+/// `cp.async.bulk` from global to shared memory: shared address in row `d`, global in wide row `a`, bytes in row
+/// `b`, mbarrier in the list; `mode` 1 multicasts to the blocks of the mask in row `c`.
+pub(crate) struct LoadRange;
+
+impl Instruction for LoadRange {
+    unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
+        for l in lanes(x.active) {
+            let r = &x.warp.registers;
+            let (target, shared) = x.shared_target(r.lane::<u32>(i.d, l));
+            let (global, bytes) = (r.lane::<u64>(i.a, l), r.lane::<u32>(i.b, l));
+            let (_, mbarrier) = x.shared_target(r.lane::<u32>(x.listed(i, 0), l));
+            let mask = if i.mode == 1 { r.lane::<u16>(i.c, l) } else { 0 };
+            let Some(pieces) = x.range(shared, global, bytes, l) else { continue };
+            if i.mode == 1 {
+                x.load(pieces, mbarrier, lanes(mask.into()), l);
+            } else {
+                x.load(pieces, mbarrier, std::iter::once(target), l);
+            }
+        }
+        Flow::Next
+    }
+}
+
+/// `cp.async.bulk` and `cp.reduce.async.bulk` from shared to global memory: global address in wide row `a`, shared
+/// in row `d`, bytes in row `b`; `mode` is the [`Reduction`], `size` the element, `count` its format (0 integer,
+/// 1 float, 2 bf16).
+pub(crate) struct StoreRange;
+
+impl Instruction for StoreRange {
+    unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
+        let format = match i.count {
+            1 => Format::Float,
+            2 => Format::Bf16,
+            _ => Format::Integer,
+        };
+        for l in lanes(x.active) {
+            let r = &x.warp.registers;
+            let (shared, global) = (r.lane::<u32>(i.d, l), r.lane::<u64>(i.a, l));
+            let Some(pieces) = x.range(shared, global, r.lane::<u32>(i.b, l), l) else { continue };
+            x.store(pieces, (reduction(i.mode), i.size.into(), format), l);
+        }
+        Flow::Next
+    }
+}
+
+/// `cp.async.bulk.commit_group`
+pub(crate) struct CommitBulk;
+
+impl Instruction for CommitBulk {
+    unsafe fn execute(x: &mut Machine<'_>, _: &Inst) -> Flow {
+        let (active, groups) = (x.active, &mut x.warp.bulk_groups);
+        for store in x.warp.bulk_stores.iter_mut().filter(|s| active >> s.lane & 1 != 0) {
+            store.group.get_or_insert(groups[usize::from(store.lane)]);
+        }
+        for l in lanes(active) {
+            groups[l] += 1;
+        }
+        Flow::Next
+    }
+}
+
+/// `cp.async.bulk.wait_group imm`, with or without `.read`.
+pub(crate) struct WaitBulk;
+
+impl Instruction for WaitBulk {
+    unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
+        perform_stores(x.run, &mut x.ctas[x.rank], x.warp, x.active, i.imm as u64);
+        *x.progress += 1;
+        Flow::Next
+    }
+}
