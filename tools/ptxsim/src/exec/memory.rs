@@ -281,7 +281,7 @@ pub(crate) fn shared_place(address: u32) -> Place {
     Place::Shared(i64::from(address & ((1 << RANK_SHIFT) - 1)) - i64::from(SHARED_BASE))
 }
 
-/// Whether `size` (a power of two up to 16) marks are all set.
+/// Whether `size` marks are all set.
 ///
 /// # Safety
 ///
@@ -295,6 +295,7 @@ pub(crate) unsafe fn all_written(marks: *const u8, size: u32) -> bool {
             2 => marks.cast::<u16>().read_unaligned() == 0x0101,
             4 => marks.cast::<u32>().read_unaligned() == 0x0101_0101,
             8 => marks.cast::<u64>().read_unaligned() == 0x0101_0101_0101_0101,
+            16 => marks.cast::<u128>().read_unaligned() == u128::from_le_bytes([1; 16]),
             _ => std::slice::from_raw_parts(marks, size as usize).iter().all(|w| *w == 1),
         }
     }
