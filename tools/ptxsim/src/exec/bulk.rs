@@ -186,6 +186,12 @@ impl Machine<'_> {
                 let why = "bulk copy of bytes that nothing wrote";
                 self.report(FindingKind::Uninitialised, lane, self.run.place(p.global), why);
             }
+            let kind = match (write, reads) {
+                (true, true) => Kind::Atomic,
+                (true, false) => Kind::Write,
+                (false, _) => Kind::Read,
+            };
+            self.check_conflict(bytes, p.valid, kind, lane, p.global);
             sectors += (p.global % 32 + u64::from(p.valid)).div_ceil(32);
         }
         let site = &mut self.tally.sites[self.pc as usize];

@@ -78,6 +78,7 @@ fn source_ok(x: &Machine<'_>, global: u64, source: u32, size: u32, lane: usize) 
         return true;
     }
     let Some(bytes) = x.global_bytes(global, source.into(), size.into(), false, lane) else { return false };
+    x.check_conflict(bytes, source, Kind::Read, lane, global);
     if x.run.uninitialised {
         // SAFETY: `source` bytes were admitted, each with its mark.
         let written = unsafe { all_written(bytes.written, source) };

@@ -164,6 +164,7 @@ impl Machine<'_> {
                 // SAFETY: as above.
                 unsafe { std::ptr::write_bytes(bytes.written, 1, size as usize) };
             }
+            self.check_conflict(bytes, size, kind, l, addresses[l]);
             pointers[l] = bytes.data;
             admitted |= 1 << l;
         }
@@ -190,6 +191,25 @@ impl Machine<'_> {
             self.report(kind, lane, self.run.place(address), why);
         }
         found
+    }
+
+    /// Looks for a write of another cluster to the same bytes, unless this block may have waited for it.
+    #[inline(always)]
+    pub(crate) fn check_conflict(
+        &self,
+        bytes: crate::run::Bytes,
+        size: u32,
+        kind: Kind,
+        lane: usize,
+        address: u64,
+    ) {
+        let cta = &self.ctas[self.rank];
+        let met = bytes.meets_other(size, cta.cluster, kind != Kind::Read, kind == Kind::Atomic);
+        if met && !cta.acquired {
+            let verb = if kind == Kind::Read { "read" } else { "write" };
+            let why = format!("{verb} of bytes that another block wrote in this launch");
+            self.report(FindingKind::Conflict, lane, self.run.place(address), why);
+        }
     }
 
     #[inline(always)]
@@ -498,7 +518,10 @@ impl Space for Generic {
     }
 }
 
-/// `ld`: rows in the list, address `a + imm`; bit 0 of `mode` extends the sign.
+/// Bit of `mode`: a load that may see what another block released.
+pub(crate) const ACQUIRE: u8 = 2;
+
+/// `ld`: rows in the list, address `a + imm`; bit 0 of `mode` extends the sign, [`ACQUIRE`] is the other.
 pub(crate) struct Load<S>(PhantomData<S>);
 
 impl<S: Space> Instruction for Load<S> {
@@ -506,6 +529,9 @@ impl<S: Space> Instruction for Load<S> {
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let mut pointers = NO_POINTERS;
         let admitted = S::admit(x, i, Kind::Read, &mut pointers);
+        if i.mode & ACQUIRE != 0 {
+            x.cta().acquired = true;
+        }
         move_in(x, i, admitted, &pointers);
         Flow::Next
     }
@@ -554,6 +580,7 @@ fn contiguous(x: &mut Machine<'_>, i: &Inst, kind: Kind) -> Option<*mut u8> {
             }
         }
     }
+    x.check_conflict(bytes, 32 * size as u32, kind, 0, address);
     let sectors = (address % 32 + 32 * size).div_ceil(32) as u32;
     x.count_global(FULL, size as u32, sectors);
     Some(bytes.data)
@@ -565,7 +592,9 @@ pub(crate) struct LoadGlobal;
 impl Instruction for LoadGlobal {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
-        if let Some(data) = contiguous(x, i, Kind::Read) {
+        if i.mode & ACQUIRE == 0
+            && let Some(data) = contiguous(x, i, Kind::Read)
+        {
             let size = usize::from(i.size) * usize::from(i.count);
             if i.size == 4 && i.count == 1 {
                 let row = x.listed(i, 0);
