@@ -28,6 +28,10 @@ pub(crate) struct Slot {
     len: u64,
     readable: bool,
     writable: bool,
+    /// Which cluster wrote each 2-byte granule in this launch, or null if nobody looks; `parity` is the place of
+    /// the window's first byte in its granule.
+    owners: *mut u32,
+    parity: u32,
     name: String,
 }
 
@@ -36,6 +40,30 @@ pub(crate) struct Slot {
 pub(crate) struct Bytes {
     pub(crate) data: *mut u8,
     pub(crate) written: *mut u8,
+    owners: *mut u32,
+    /// Offset of the first byte in its granule.
+    parity: u32,
+}
+
+impl Bytes {
+    /// Records an access of `size` bytes by a cluster. Returns whether it meets a write of another cluster.
+    #[inline(always)]
+    pub(crate) fn meets_other(&self, size: u32, cluster: u32, write: bool, atomic: bool) -> bool {
+        if self.owners.is_null() {
+            return false;
+        }
+        let granules = (self.parity + size).div_ceil(2) as usize;
+        let tag = (cluster + 1) << 1 | u32::from(atomic);
+        let mut met = false;
+        // SAFETY: there is an owner for each granule of a window, and these bytes were admitted.
+        let owners = unsafe { std::slice::from_raw_parts_mut(self.owners, granules) };
+        for owner in owners {
+            let other = *owner != 0 && *owner >> 1 != cluster + 1;
+            met |= other & !(atomic && *owner & 1 != 0);
+            *owner = if write { tag } else { *owner };
+        }
+        met
+    }
 }
 
 /// A tensor map of the launch.
@@ -67,6 +95,8 @@ pub(crate) struct Run<'a> {
     pub(crate) params: Vec<u8>,
     pub(crate) maps: Vec<Map>,
     slots: Vec<Slot>,
+    /// Who wrote the granules of each memory, see [`Slot::owners`]; empty if nobody looks.
+    owners: Vec<Vec<u32>>,
     /// Module variables of this launch and the marks of the parameters; they back slots.
     _owned: Vec<Memory>,
     findings: Mutex<Findings>,
@@ -111,9 +141,14 @@ impl<'a> Run<'a> {
             params: vec![0; kernel.parameter_bytes as usize],
             maps: Vec::new(),
             slots: Vec::new(),
+            owners: Vec::new(),
             _owned: Vec::new(),
             findings: Mutex::default(),
         };
+        // Blocks of a cooperative launch may well hand data to each other.
+        if options.checks.has(FindingKind::Conflict) && !launch.cooperative {
+            run.owners = memories.iter().map(|m| vec![0; m.len().div_ceil(2)]).collect();
+        }
         run.add_fixed_slots();
         run.add_arguments(memories, launch.args)?;
         Ok(run)
@@ -131,6 +166,8 @@ impl<'a> Run<'a> {
                 len: value.len() as u64,
                 readable: true,
                 writable: !constant,
+                owners: std::ptr::null_mut(),
+                parity: 0,
                 name: "module variable".into(),
             });
             self.slots.push(Slot::empty());
@@ -199,6 +236,12 @@ impl<'a> Run<'a> {
             len: w.len as u64,
             readable: w.access != Access::Write,
             writable: w.access != Access::Read,
+            owners: match self.owners.get_mut(w.memory.0) {
+                // SAFETY: one owner for every two bytes of the memory.
+                Some(owners) if w.len > 0 => unsafe { owners.as_mut_ptr().add(w.start / 2) },
+                _ => std::ptr::null_mut(),
+            },
+            parity: (w.start % 2) as u32,
             name: w.name.to_string(),
         });
         self.slots.push(Slot::empty());
@@ -242,7 +285,16 @@ impl<'a> Run<'a> {
         }
         // SAFETY: the offset is within the window, whose memory outlives the launch.
         unsafe {
-            Some(Bytes { data: slot.base.add(offset as usize), written: slot.written.add(offset as usize) })
+            Some(Bytes {
+                data: slot.base.add(offset as usize),
+                written: slot.written.add(offset as usize),
+                owners: if slot.owners.is_null() {
+                    slot.owners
+                } else {
+                    slot.owners.add((offset as usize + slot.parity as usize) / 2)
+                },
+                parity: (offset as u32 + slot.parity) % 2,
+            })
         }
     }
 
@@ -343,6 +395,8 @@ impl Slot {
             len: 0,
             readable: false,
             writable: false,
+            owners: std::ptr::null_mut(),
+            parity: 0,
             name: String::new(),
         }
     }

@@ -5,7 +5,7 @@ use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::atomic::{Atomic, UPDATES};
 use crate::exec::memory::{
-    Generic, Load, LoadGlobal, LoadParam, Local, Shared, Store, StoreGlobal, cluster_address,
+    ACQUIRE, Generic, Load, LoadGlobal, LoadParam, Local, Shared, Store, StoreGlobal, cluster_address,
 };
 use crate::run::{LOCAL_SLOT, PARAM_SLOT, SHARED_SLOT};
 use crate::syntax::Parsed;
@@ -102,7 +102,11 @@ impl Builder<'_, '_> {
 
     pub(super) fn load(&mut self) -> Parsed<()> {
         self.expect_operands(2)?;
+        let acquire = ["acquire", "volatile", "relaxed", "cv"].iter().any(|m| self.parts.contains(m));
         let (space, ty) = self.access(1)?;
+        if acquire {
+            self.inst.mode |= ACQUIRE;
+        }
         self.values(0, true, ty)?;
         match space {
             Space::Global => self.run::<LoadGlobal>(),

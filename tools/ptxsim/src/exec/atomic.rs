@@ -21,6 +21,8 @@ impl<S: Space> Instruction for Atomic<S> {
         let admitted = S::admit(x, i, Kind::Atomic, &mut pointers);
         let update = UPDATES[i.d as usize].update;
         let returns = i.mode & 1 != 0;
+        // Its result may tell that other blocks are done.
+        x.cta().acquired |= returns;
         let first = usize::from(returns) * usize::from(i.count);
         // Vector atomics update each element on its own.
         for n in 0..usize::from(i.count) {

@@ -91,11 +91,14 @@ fn perform_load(run: &Run<'_>, cta: &mut Cta, load: &Transfer) {
         let to = cta.shared(p.shared);
         // SAFETY: both sides were admitted when the copy was issued, and windows do not move.
         unsafe {
-            std::ptr::write_bytes(to, 0, PIECE as usize);
-            if p.valid > 0
-                && let Some(from) = run.find(p.global, p.valid.into(), 1, false)
-            {
-                std::ptr::copy_nonoverlapping(from.data, to, p.valid as usize);
+            match run.find(p.global, p.valid.into(), 1, false) {
+                Some(from) if p.valid == PIECE => super::copy::copy_16(from.data, to),
+                from => {
+                    std::ptr::write_bytes(to, 0, PIECE as usize);
+                    if let Some(from) = from.filter(|_| p.valid > 0) {
+                        std::ptr::copy_nonoverlapping(from.data, to, p.valid as usize);
+                    }
+                }
             }
         }
         if let Some(shadow) = &mut cta.shadow {
@@ -182,11 +185,17 @@ impl Machine<'_> {
                 return false;
             };
             // SAFETY: `valid` bytes were admitted, each with its mark.
-            let written = || unsafe { (0..p.valid).all(|n| all_written(bytes.written.add(n as usize), 1)) };
+            let written = || unsafe { all_written(bytes.written, p.valid) };
             if reads && self.run.uninitialised && !written() {
                 let why = "bulk copy of bytes that nothing wrote";
                 self.report(FindingKind::Uninitialised, lane, self.run.place(p.global), why);
             }
+            let kind = match (write, reads) {
+                (true, true) => Kind::Atomic,
+                (true, false) => Kind::Write,
+                (false, _) => Kind::Read,
+            };
+            self.check_conflict(bytes, p.valid, kind, lane, p.global);
             sectors += (p.global % 32 + u64::from(p.valid)).div_ceil(32);
         }
         let site = &mut self.tally.sites[self.pc as usize];

@@ -34,6 +34,7 @@ impl Copies {
 pub(crate) struct CopyAsync;
 
 impl Instruction for CopyAsync {
+    #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let shared = narrow_addresses(x, i);
         let offset = i64::from(i.d as i32) as u64;
@@ -71,14 +72,16 @@ impl Instruction for CopyAsync {
 }
 
 /// Whether the source of a copy may be read; a copy of no bytes reads nothing.
+#[inline(always)]
 fn source_ok(x: &Machine<'_>, global: u64, source: u32, size: u32, lane: usize) -> bool {
     if source == 0 {
         return true;
     }
     let Some(bytes) = x.global_bytes(global, source.into(), size.into(), false, lane) else { return false };
+    x.check_conflict(bytes, source, Kind::Read, lane, global);
     if x.run.uninitialised {
         // SAFETY: `source` bytes were admitted, each with its mark.
-        let written = unsafe { (0..source).all(|n| all_written(bytes.written.add(n as usize), 1)) };
+        let written = unsafe { all_written(bytes.written, source) };
         if !written {
             let why = "copy of bytes that nothing wrote";
             x.report(FindingKind::Uninitialised, lane, x.run.place(global), why);
@@ -103,11 +106,14 @@ impl Machine<'_> {
             let to = cta.shared(copy.shared);
             // SAFETY: both sides were admitted when the copy was issued, and windows do not move.
             unsafe {
-                std::ptr::write_bytes(to, 0, copy.size as usize);
-                if let Some(from) = self.run.find(copy.global, copy.source.into(), 1, false)
-                    && copy.source > 0
-                {
-                    std::ptr::copy_nonoverlapping(from.data, to, copy.source as usize);
+                match self.run.find(copy.global, copy.source.into(), 1, false) {
+                    Some(from) if copy.source == 16 => copy_16(from.data, to),
+                    from => {
+                        std::ptr::write_bytes(to, 0, copy.size as usize);
+                        if let Some(from) = from.filter(|_| copy.source > 0) {
+                            std::ptr::copy_nonoverlapping(from.data, to, copy.source as usize);
+                        }
+                    }
                 }
             }
             if let Some(shadow) = &mut cta.shadow {
@@ -119,6 +125,17 @@ impl Machine<'_> {
             *group = group.saturating_sub(count);
         }
     }
+}
+
+/// Copies 16 bytes.
+///
+/// # Safety
+///
+/// Both sides must be valid.
+#[inline(always)]
+pub(crate) unsafe fn copy_16(from: *const u8, to: *mut u8) {
+    // SAFETY: by the caller's promise.
+    unsafe { to.cast::<[u8; 16]>().write_unaligned(from.cast::<[u8; 16]>().read_unaligned()) }
 }
 
 /// `cp.async.commit_group`

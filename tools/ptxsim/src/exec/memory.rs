@@ -173,6 +173,7 @@ impl Machine<'_> {
                 // SAFETY: as above.
                 unsafe { std::ptr::write_bytes(bytes.written, 1, size as usize) };
             }
+            self.check_conflict(bytes, size, kind, l, addresses[l]);
             pointers[l] = bytes.data;
             admitted |= 1 << l;
         }
@@ -199,6 +200,25 @@ impl Machine<'_> {
             self.report(kind, lane, self.run.place(address), why);
         }
         found
+    }
+
+    /// Looks for a write of another cluster to the same bytes, unless this block may have waited for it.
+    #[inline(always)]
+    pub(crate) fn check_conflict(
+        &self,
+        bytes: crate::run::Bytes,
+        size: u32,
+        kind: Kind,
+        lane: usize,
+        address: u64,
+    ) {
+        let cta = &self.ctas[self.rank];
+        let met = bytes.meets_other(size, cta.cluster, kind != Kind::Read, kind == Kind::Atomic);
+        if met && !cta.acquired {
+            let verb = if kind == Kind::Read { "read" } else { "write" };
+            let why = format!("{verb} of bytes that another block wrote in this launch");
+            self.report(FindingKind::Conflict, lane, self.run.place(address), why);
+        }
     }
 
     #[inline(always)]
@@ -290,7 +310,7 @@ pub(crate) fn shared_place(address: u32) -> Place {
     Place::Shared(i64::from(address & ((1 << RANK_SHIFT) - 1)) - i64::from(SHARED_BASE))
 }
 
-/// Whether `size` (a power of two up to 16) marks are all set.
+/// Whether `size` marks are all set.
 ///
 /// # Safety
 ///
@@ -304,6 +324,7 @@ pub(crate) unsafe fn all_written(marks: *const u8, size: u32) -> bool {
             2 => marks.cast::<u16>().read_unaligned() == 0x0101,
             4 => marks.cast::<u32>().read_unaligned() == 0x0101_0101,
             8 => marks.cast::<u64>().read_unaligned() == 0x0101_0101_0101_0101,
+            16 => marks.cast::<u128>().read_unaligned() == u128::from_le_bytes([1; 16]),
             _ => std::slice::from_raw_parts(marks, size as usize).iter().all(|w| *w == 1),
         }
     }
@@ -506,7 +527,10 @@ impl Space for Generic {
     }
 }
 
-/// `ld`: rows in the list, address `a + imm`; bit 0 of `mode` extends the sign.
+/// Bit of `mode`: a load that may see what another block released.
+pub(crate) const ACQUIRE: u8 = 2;
+
+/// `ld`: rows in the list, address `a + imm`; bit 0 of `mode` extends the sign, [`ACQUIRE`] is the other.
 pub(crate) struct Load<S>(PhantomData<S>);
 
 impl<S: Space> Instruction for Load<S> {
@@ -514,6 +538,9 @@ impl<S: Space> Instruction for Load<S> {
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let mut pointers = NO_POINTERS;
         let admitted = S::admit(x, i, Kind::Read, &mut pointers);
+        if i.mode & ACQUIRE != 0 {
+            x.cta().acquired = true;
+        }
         move_in(x, i, admitted, &pointers);
         Flow::Next
     }
@@ -562,6 +589,7 @@ fn contiguous(x: &mut Machine<'_>, i: &Inst, kind: Kind) -> Option<*mut u8> {
             }
         }
     }
+    x.check_conflict(bytes, 32 * size as u32, kind, 0, address);
     let sectors = (address % 32 + 32 * size).div_ceil(32) as u32;
     x.count_global(FULL, size as u32, sectors);
     Some(bytes.data)
@@ -573,7 +601,9 @@ pub(crate) struct LoadGlobal;
 impl Instruction for LoadGlobal {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
-        if let Some(data) = contiguous(x, i, Kind::Read) {
+        if i.mode & ACQUIRE == 0
+            && let Some(data) = contiguous(x, i, Kind::Read)
+        {
             let size = usize::from(i.size) * usize::from(i.count);
             if i.size == 4 && i.count == 1 {
                 let row = x.listed(i, 0);

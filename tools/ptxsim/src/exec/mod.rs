@@ -97,6 +97,8 @@ pub(crate) fn host_has_avx2() -> bool {
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("bmi1")
         && is_x86_feature_detected!("bmi2")
+        && is_x86_feature_detected!("popcnt")
+        && is_x86_feature_detected!("lzcnt")
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -23,6 +23,10 @@ struct Line([u8; 1024]);
 /// A block: its shared memory and what hangs on it.
 pub(crate) struct Cta {
     pub(crate) id: [u32; 3],
+    /// Number of its cluster in the grid.
+    pub(crate) cluster: u32,
+    /// Whether it may have learnt that other blocks are done with something: see `FindingKind::Conflict`.
+    pub(crate) acquired: bool,
     memory: Vec<Line>,
     pub(crate) shadow: Option<Shadow>,
     pub(crate) barriers: Vec<Barrier>,
@@ -56,6 +60,8 @@ impl Cta {
         let stripes = (run.shared_end as usize).div_ceil(1024);
         Self {
             id: [0; 3],
+            cluster: 0,
+            acquired: false,
             memory: vec![Line([0; 1024]); stripes],
             shadow: run.shadowed.then(|| Shadow::new(run.shared_end, columns)),
             barriers: (0..BARRIERS + WARPGROUPS).map(|_| Barrier::new(columns)).collect(),
@@ -74,8 +80,10 @@ impl Cta {
         }
     }
 
-    fn start(&mut self, id: [u32; 3], base: u32) {
+    fn start(&mut self, id: [u32; 3], cluster: u32, base: u32) {
         self.id = id;
+        self.cluster = cluster;
+        self.acquired = false;
         if let Some(shadow) = &mut self.shadow {
             shadow.reset();
         }
@@ -145,7 +153,7 @@ impl Team {
         for (rank, cta) in self.ctas.iter_mut().enumerate() {
             let r = rank as u32;
             let inner = [r % c[0], r / c[0] % c[1], r / c[0] / c[1]];
-            cta.start([0, 1, 2].map(|d| at[d] * c[d] + inner[d]), self.base);
+            cta.start([0, 1, 2].map(|d| at[d] * c[d] + inner[d]), index, self.base);
         }
         for (n, warp) in self.warps.iter_mut().enumerate() {
             warp.start(run, self.ctas[n / warps].id, self.base);

@@ -258,7 +258,7 @@ pub(crate) fn run_warp(x: &mut Machine<'_>, quantum: u32) -> (Turn, u32) {
         x.pc = pc;
         let site = &mut x.tally.sites[pc as usize];
         site.warps += 1;
-        site.threads += u64::from(active.count_ones());
+        site.threads += u64::from(if i.always { x.warp.mask } else { active }.count_ones());
         if x.warp.wgmma.watched() {
             super::wgmma::check_touches(x);
         }
