@@ -75,7 +75,7 @@ INLINE void forward(T* y, float* r, const T* x, const T* w, u32 rows, u32 width,
 #pragma unroll
             for (int e = 0; e < L::WORDS; e++) squares = fmaf(v[e], v[e], squares);
         }
-        float rstd = rsqrt_fast(L::sum(squares) / float(width) + eps);
+        float rstd = 1.0f / sqrtf(L::sum(squares) / float(width) + eps);
         if (L::lane() == 0) r[n] = rstd;
 #pragma unroll
         for (int i = 0; i < L::VECTORS; i++) {

@@ -52,13 +52,6 @@ INLINE float reciprocal_fast(float x) {
     return y;
 }
 
-// 1 / sqrt x.   9.7.3.17 rsqrt.approx.f32
-INLINE float rsqrt_fast(float x) {
-    float y;
-    asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // The address inside shared memory of a generic pointer into it.   9.7.9.20 cvta.to.shared
 INLINE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 

@@ -5,6 +5,7 @@ use super::{
     prelude::*,
     swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_row},
 };
+use crate::{agreement, tensor::Host};
 
 mod kernels;
 
@@ -229,6 +230,11 @@ impl Op for LinearDw {
             let (dy, x) = (Mat::new(T::read(&ins[0]), n, m).t(), Mat::new(T::read(&ins[1]), n, k));
             matmul(T::write(&mut outs[0]), dy, x, self.accumulate, cpu);
         });
+    }
+
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        let alone = LinearDw { accumulate: false };
+        self.accumulate.then(|| agreement::then_added(alone, specs, ins, 0)).flatten()
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {

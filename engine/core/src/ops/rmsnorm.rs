@@ -1,5 +1,6 @@
 //! `y[n, c] = x[n, c] r[n] w[c]`, `r[n] = 1 / sqrt(mean_c x[n, c]^2 + eps)`.   Zhang & Sennrich 2019
 use super::prelude::*;
+use crate::{agreement, tensor::Host};
 
 mod kernels;
 
@@ -129,6 +130,11 @@ impl Op for RmsNormBwd {
                 parts.chunks(width).for_each(|part| axpy(dw, T::ONE, part));
             });
         });
+    }
+
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        let alone = RmsNormBwd { accumulate: false };
+        self.accumulate.then(|| agreement::then_added(alone, specs, ins, 1)).flatten()
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {

@@ -332,6 +332,13 @@ impl Builder<'_, '_> {
         self.run::<Logic<F>>()
     }
 
+    /// A predicate from no operand: the function must ignore what it is given.
+    fn predicate_constant<F: Fn(u32, u32) -> u32 + Copy>(&mut self, _: F) -> Parsed<()> {
+        let (d, _) = self.predicate(self.operand(0)?)?;
+        (self.inst.d, self.inst.a, self.inst.b) = (d, d, d);
+        self.run::<Logic<F>>()
+    }
+
     fn shift(&mut self) -> Parsed<()> {
         let (left, right) = (self.take("l"), self.take("r"));
         let (clamp, _) = (self.take("clamp"), self.take("wrap"));
@@ -471,6 +478,8 @@ impl Builder<'_, '_> {
             }
             (Operand::Vector(halves), _) => self.unpack(ty, halves),
             (_, Operand::Vector(halves)) => self.pack(ty, halves),
+            (_, Operand::Integer(0)) if ty == Pred => self.predicate_constant(|_, _| 0),
+            (_, Operand::Integer(_)) if ty == Pred => self.predicate_constant(|_, _| u32::MAX),
             _ if ty == Pred => self.predicate_logic(|a, _| a),
             _ => by_width!(self, ty, map1, |a| a),
         }

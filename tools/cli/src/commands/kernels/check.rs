@@ -12,6 +12,9 @@ use transfusion_core::{
 };
 use transfusion_ptxsim::Schedule;
 
+/// Reasons of refusals that are spelled out for an op.
+const REASONS: usize = 2;
+
 /// Hold kernels against the CPU, over the case tables of the ops.
 ///
 /// Every application of an op in a case, forward and backward, runs alone. A result agrees if no row is
@@ -130,7 +133,11 @@ fn table(tallies: &BTreeMap<&'static str, Tally>) -> String {
         let worst = t.worst.as_ref().map_or("-".into(), |(w, case)| format!("{:.2} in {case}", w.ratio));
         let (runs, shapes, refused) = (t.agreed, t.shapes.len(), t.refused.values().sum::<usize>());
         lines.push(format!("{op:16} {runs:6} {shapes:7} {refused:7} {:6}  {worst}", t.failures.len()));
-        lines.extend(t.refused.iter().map(|(why, n)| format!("{:16} {n} refused: {why}", "")));
+        let reasons = t.refused.iter().map(|(why, n)| format!("{:16} {n} refused: {why}", ""));
+        lines.extend(reasons.take(REASONS));
+        if t.refused.len() > REASONS {
+            lines.push(format!("{:16} and for {} reasons more", "", t.refused.len() - REASONS));
+        }
     }
     if !others.is_empty() {
         let names: Vec<&str> = others.iter().map(|(op, _)| **op).collect();
