@@ -190,17 +190,17 @@ INLINE void set_aside(float (&acc)[MI][D / 8][4], u32 b, const Seen& seen) {
     __syncthreads();
 }
 
-// Whether all results of all threads are finite.
+// Whether all results of all threads are finite: as integers, all others are larger.
 template <int MI, int NI>
 INLINE bool all_finite(const float (&acc)[MI][NI][4]) {
-    bool good = true;
+    int largest = 0;
 #pragma unroll
     for (int i = 0; i < MI; i++)
 #pragma unroll
         for (int j = 0; j < NI; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) good = good && fabsf(acc[i][j][e]) < INFINITY;
-    return block_reduce<Max, THREADS>(good ? 0 : 1, slots_of_warps) == 0;
+            for (int e = 0; e < 4; e++) largest = max(largest, __float_as_int(fabsf(acc[i][j][e])));
+    return block_reduce<Max, THREADS>(largest, slots_of_warps) < __float_as_int(INFINITY);
 }
 
 // Rounds this warp's rows of a result into shared memory that no other warp touches, and sends them to `to` in
@@ -368,7 +368,7 @@ struct Forward {
         float sum[MI][D / 8][4];
         Softmax<MI> softmax;
         // Careful only if the first round shows that something is not finite.
-        for (bool careful = false;; careful = true) {
+        for (int careful = 0;; careful = 1) {
             clear(sum);
 #pragma unroll
             for (int i = 0; i < MI; i++)
@@ -535,7 +535,7 @@ struct BackwardKeys {
 
     // One stage: P^T = exp(K Q^T - lse), dS^T = P^T (V dO^T - delta), dV += P^T dO, dK += dS^T Q.
     INLINE static void step(const Problem& p, float (&dk)[MI][D / 8][4], float (&dv)[MI][D / 8][4], u32 keys, u32 values,
-                            u32 stage, float scale, bool careful) {
+                            u32 stage, float scale, int careful) {
         u32 words[4];
         load_shared(words, stage + WHOLE);
         const Span span = {int(words[0]), int(words[1]), int(words[2]), int(words[3])};
@@ -595,7 +595,7 @@ struct BackwardKeys {
         copy_tile<KEYS, BYTES, THREADS>(value_tile, v + at, kv_stride, p.last() - p.first(), D, again(threadIdx.x));
         float dk[MI][D / 8][4], dv[MI][D / 8][4];
         // Careful only if the first round shows that something is not finite.
-        for (bool careful = false;; careful = true) {
+        for (int careful = 0;; careful = 1) {
             clear(dk);
             clear(dv);
             Place next = seek(p, 0, 0);
@@ -653,7 +653,7 @@ struct BackwardQueries {
         const u64 cache = u64(max(cache_of(slots, caches, b), 0)) * keys * kv_stride + head / group * D;
         float dq[MI][D / 8][4];
         // Careful only if the first round shows that something is not finite.
-        for (bool careful = false;; careful = true) {
+        for (int careful = 0;; careful = 1) {
             clear(dq);
             walk_keys<D, KEYS>(span, k + cache, v + cache, kv_stride, ring, [&](int key0, u32 stage) {
                 const bool whole = span.whole(key0, key0 + KEYS);
