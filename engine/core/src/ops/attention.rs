@@ -931,8 +931,11 @@ impl Op for AttentionBwd {
     }
 }
 
+/// `row_start` and `row_end`.
+type Mask = (Vec<i32>, Vec<i32>);
+
 /// The mask of one packed row: documents of a length, each with an image at a span, `0..0` for none.
-fn documents(docs: &[(usize, Range<usize>)]) -> (Vec<i32>, Vec<i32>) {
+fn documents(docs: &[(usize, Range<usize>)]) -> Mask {
     let (mut start, mut end) = (vec![], vec![]);
     for (len, image) in docs {
         let first = start.len();
@@ -945,7 +948,7 @@ fn documents(docs: &[(usize, Range<usize>)]) -> (Vec<i32>, Vec<i32>) {
 }
 
 /// `batch` packed rows of `t` positions.
-fn packed_case(name: &str, heads: Heads, batch: usize, t: usize, mask: (Vec<i32>, Vec<i32>)) -> Case {
+fn packed_case(name: &str, heads: Heads, batch: usize, t: usize, mask: Mask) -> Case {
     Case::new("attention", name, move |g, x| vec![g.attention(x[0], x[1], x[2], heads)])
         .normal([batch, t, heads.q_columns() + 2 * heads.kv_columns()])
         .ints([batch, t], &mask.0)
@@ -1011,7 +1014,7 @@ fn device_cases() -> Vec<Case> {
     let mut cases = vec![];
     for d in [32, 64, 128] {
         let mixed = documents(&[(50, 3..40), (1, 0..0), (90, 20..84), (70, 0..70)]);
-        let masks: [(&str, Heads, usize, usize, (Vec<i32>, Vec<i32>)); 9] = [
+        let masks: [(&str, Heads, usize, usize, Mask); 9] = [
             ("one position", heads(2, 1, d), 3, 1, causal(1)),
             ("causal", heads(2, 2, d), 2, 67, causal(67)),
             ("causal, tiles and one more", heads(2, 1, d), 1, 257, causal(257)),
