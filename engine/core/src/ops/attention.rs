@@ -988,7 +988,7 @@ fn device_cases() -> Vec<Case> {
     let mut cases = vec![];
     for d in [32, 64, 128] {
         let mixed = documents(&[(50, 3..40), (1, 0..0), (90, 20..84), (70, 0..70)]);
-        let masks: [(&str, Heads, usize, usize, (Vec<i32>, Vec<i32>)); 9] = [
+        let masks = [
             ("one position", heads(2, 1, d), 3, 1, causal(1)),
             ("causal", heads(2, 2, d), 2, 67, causal(67)),
             ("causal, tiles and one more", heads(2, 1, d), 1, 257, causal(257)),
@@ -1002,8 +1002,8 @@ fn device_cases() -> Vec<Case> {
         cases.extend(masks.map(|(name, heads, batch, t, mask)| {
             packed_case(&format!("{name}, heads of {d}"), heads, batch, t, mask).large()
         }));
-        let slots: [(&str, Heads, usize, usize, &[i32]); 3] = [
-            ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1]),
+        let slots = [
+            ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1][..]),
             ("seven queries of packed rows", heads(4, 1, d), 7, 6, &[2, 2, -1, 0, 9, 1]),
             ("several tiles of queries", heads(2, 2, d), 133, 2, &[1, 4]),
         ];
