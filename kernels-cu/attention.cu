@@ -58,7 +58,7 @@ INLINE int2 interval(int start, int end, u32 keys) {
 INLINE bool sees(int2 seen, int key) { return key >= seen.x && key < seen.y; }
 
 // Of several queries: begin..end holds every key that one of them sees, all see inner_begin..inner_end.
-struct Span {
+struct alignas(16) Span {
     int begin, end, inner_begin, inner_end;
 
     INLINE static Span of(int2 seen) {
@@ -87,12 +87,6 @@ INLINE int cache_of(const int* slots, u32 caches, int b) {
     if (caches == 0) return b;
     const int slot = slots[b];
     return slot >= 0 && slot < int(caches) ? slot : -1;
-}
-
-// Hides that `x` is what it was: what is computed from it then waits in no register meanwhile.
-INLINE u32 again(u32 x) {
-    asm volatile("" : "+r"(x));
-    return x;
 }
 
 // ---- Products of tiles with rows of D; a warp makes 16 MI rows

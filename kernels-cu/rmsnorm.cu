@@ -80,7 +80,7 @@ INLINE void forward(T* y, float* r, const T* x, const T* w, u32 rows, u32 width,
 #pragma unroll
         for (int i = 0; i < L::VECTORS; i++) {
             float v[L::WORDS], s[L::WORDS];
-            unpack(v, row[i]);
+            unpack(v, again(row[i]));
             unpack(s, scale[i]);
 #pragma unroll
             for (int e = 0; e < L::WORDS; e++) v[e] *= rstd * s[e];
@@ -116,9 +116,9 @@ INLINE void backward_rows(float (&part)[L::VECTORS][L::WORDS], T* dx, const T* x
 #pragma unroll
         for (int i = 0; i < L::VECTORS; i++) {
             float v[L::WORDS], s[L::WORDS], d[L::WORDS];
-            unpack(v, row[i]);
-            unpack(s, scale[i]);
-            unpack(d, grad[i]);
+            unpack(v, again(row[i]));
+            unpack(s, again(scale[i]));
+            unpack(d, again(grad[i]));
 #pragma unroll
             for (int e = 0; e < L::WORDS; e++) d[e] = rstd * fmaf(s[e], d[e], -v[e] * k);
             if (L::column(i) < width) store16(dx + u64(n) * width + L::column(i), packed(d));

@@ -1028,8 +1028,8 @@ fn device_cases() -> Vec<Case> {
         cases.extend(masks.map(|(name, heads, batch, t, mask)| {
             packed_case(&format!("{name}, heads of {d}"), heads, batch, t, mask).large()
         }));
-        let slots: [(&str, Heads, usize, usize, &[i32]); 3] = [
-            ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1]),
+        let slots = [
+            ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1][..]),
             ("seven queries of packed rows", heads(4, 1, d), 7, 6, &[2, 2, -1, 0, 9, 1]),
             ("several tiles of queries", heads(2, 2, d), 133, 2, &[1, 4]),
         ];
