@@ -279,7 +279,8 @@ fn assign(ranges: &[Range], virtuals: &[Virtual], rows: &mut Rows) -> Vec<u32> {
             map[v] = rows.take(register.wide);
         }
     }
-    let computed = |v: &usize| matches!(virtuals[*v].content, Content::Computed) && ranges[*v].first != usize::MAX;
+    let computed =
+        |v: &usize| matches!(virtuals[*v].content, Content::Computed) && ranges[*v].first != usize::MAX;
     let mut order: Vec<usize> = (0..virtuals.len()).filter(computed).collect();
     order.sort_by_key(|v| ranges[*v].first);
     let mut alive: BinaryHeap<Reverse<(usize, bool, u32)>> = BinaryHeap::new();

@@ -190,7 +190,10 @@ pub struct Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kind, kernel, file, line, cta: [x, y, z], thread, place, message, .. } = self;
-        write!(f, "{file}:{line}: {kind} in {kernel}, block ({x},{y},{z}) thread {thread}:{place} {message}")?;
+        write!(
+            f,
+            "{file}:{line}: {kind} in {kernel}, block ({x},{y},{z}) thread {thread}:{place} {message}"
+        )?;
         if let Some((file, line)) = &self.source {
             write!(f, " [{file}:{line}]")?;
         }

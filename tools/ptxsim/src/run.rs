@@ -175,11 +175,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn add_arguments(
-        &mut self,
-        memories: &mut [Memory],
-        args: &[Argument<'_>],
-    ) -> Result<(), LaunchError> {
+    fn add_arguments(&mut self, memories: &mut [Memory], args: &[Argument<'_>]) -> Result<(), LaunchError> {
         let kernel = self.kernel;
         let (expected, found) = (kernel.parameters.len(), args.len());
         if expected != found {
@@ -323,7 +319,8 @@ impl<'a> Run<'a> {
     pub(crate) fn place(&self, address: u64) -> Place {
         let at = |slot: u64| self.slots.get(slot as usize).filter(|s| !s.name.is_empty());
         let slot = address >> 32;
-        let near = if address as u32 > u32::MAX / 2 { [slot + 1, slot - 1] } else { [slot.max(1) - 1, slot + 1] };
+        let near =
+            if address as u32 > u32::MAX / 2 { [slot + 1, slot - 1] } else { [slot.max(1) - 1, slot + 1] };
         for s in [slot, near[0], near[1]] {
             if let Some(found) = at(s) {
                 let start = s << 32 | found.low;
@@ -424,7 +421,10 @@ fn check_shape(launch: &Launch<'_>) -> Result<(), LaunchError> {
         return Err(LaunchError::BlockTooLarge { kernel: kernel.name.clone(), threads, limit });
     }
     if kernel.exact_threads && Some(launch.block) != kernel.max_threads {
-        return refuse(format!("needs a block of exactly {:?} threads", kernel.max_threads.unwrap_or_default()));
+        return refuse(format!(
+            "needs a block of exactly {:?} threads",
+            kernel.max_threads.unwrap_or_default()
+        ));
     }
     if kernel.cluster.is_some_and(|c| c != launch.cluster) {
         return refuse(format!("needs a cluster of exactly {:?} blocks", kernel.cluster.unwrap_or_default()));
@@ -465,7 +465,9 @@ fn check_map(map: &TensorMap<'_>) -> Result<(), String> {
     }
     let span = map.swizzle.span();
     if span != 0 && inner > span {
-        return Err(format!("the innermost tile extent has {inner} bytes, more than the swizzle span {span}"));
+        return Err(format!(
+            "the innermost tile extent has {inner} bytes, more than the swizzle span {span}"
+        ));
     }
     Ok(())
 }

@@ -33,7 +33,8 @@ impl Case {
     fn read(path: &Path) -> Result<Self, Box<dyn Error>> {
         let text = std::fs::read_to_string(path)?;
         let name = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default().to_string();
-        let mut case = Self { name, text: text.clone(), grid: 1, block: 32, expect: String::new(), windows: vec![] };
+        let mut case =
+            Self { name, text: text.clone(), grid: 1, block: 32, expect: String::new(), windows: vec![] };
         for line in text.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
             match words.as_slice() {
@@ -126,7 +127,8 @@ fn every_planted_fault_is_named_and_every_repair_is_clean() -> Result<(), Box<dy
         for schedule in Schedule::SEVERAL {
             let found = case.run(&case.text, schedule, Checks::all())?;
             if !found.iter().any(|f| f.kind == kind && lines.contains(&f.line)) {
-                complaints.push(format!("{} {schedule:?}: wanted {kind} at {lines:?}, got {found:#?}", case.name));
+                complaints
+                    .push(format!("{} {schedule:?}: wanted {kind} at {lines:?}, got {found:#?}", case.name));
             }
             let blind = case.run(&case.text, schedule, Checks::all().without(kind))?;
             if blind.iter().any(|f| f.kind == kind) {

@@ -212,8 +212,9 @@ impl Builder<'_, '_> {
             (Bf16x2, false) => {
                 self.map2(|a: f32, b: f32| u32::from(f32_to_bf16(a)) << 16 | u32::from(f32_to_bf16(b)))
             }
-            (Bf16x2, true) => self
-                .map2(|a: f32, b: f32| u32::from(f32_to_bf16(relu(a))) << 16 | u32::from(f32_to_bf16(relu(b)))),
+            (Bf16x2, true) => self.map2(|a: f32, b: f32| {
+                u32::from(f32_to_bf16(relu(a))) << 16 | u32::from(f32_to_bf16(relu(b)))
+            }),
             (_, false) => {
                 self.map2(|a: f32, b: f32| u32::from(f32_to_f16(a)) << 16 | u32::from(f32_to_f16(b)))
             }

@@ -1,10 +1,10 @@
 //! Integer arithmetic, logic, shifts, bit fields, comparisons and moves.
 
 use super::Builder;
+use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::arithmetic::{Compare, Join, Logic, Select, Split};
 use crate::exec::lane::{Flushed, Lane};
-use crate::allocate::Place;
 use crate::syntax::Parsed;
 use crate::syntax::ast::{Operand, Type};
 
@@ -156,7 +156,16 @@ macro_rules! float_relations {
         macro_rules! with {
             (|$p:ident, $q:ident| $e:expr) => {
                 $b.compare(|p: $lane, q: $lane| {
-                    let ($p, $q) = ({ let $x = p; $value }, { let $x = q; $value });
+                    let ($p, $q) = (
+                        {
+                            let $x = p;
+                            $value
+                        },
+                        {
+                            let $x = q;
+                            $value
+                        },
+                    );
                     $e
                 })
             };
@@ -182,8 +191,8 @@ macro_rules! float_relations {
 }
 
 const RELATIONS: [&str; 18] = [
-    "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num",
-    "nan",
+    "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu",
+    "num", "nan",
 ];
 
 impl Builder<'_, '_> {
@@ -344,12 +353,10 @@ impl Builder<'_, '_> {
                 (true, false, true) => self.map3(|a: u32, b: u32, c: u32| {
                     ((u64::from(b) << 32 | u64::from(a)) << c.min(32) >> 32) as u32
                 }),
-                (false, true, false) => self.map3(|a: u32, b: u32, c: u32| {
-                    ((u64::from(b) << 32 | u64::from(a)) >> (c & 31)) as u32
-                }),
-                (false, true, true) => self.map3(|a: u32, b: u32, c: u32| {
-                    ((u64::from(b) << 32 | u64::from(a)) >> c.min(32)) as u32
-                }),
+                (false, true, false) => self
+                    .map3(|a: u32, b: u32, c: u32| ((u64::from(b) << 32 | u64::from(a)) >> (c & 31)) as u32),
+                (false, true, true) => self
+                    .map3(|a: u32, b: u32, c: u32| ((u64::from(b) << 32 | u64::from(a)) >> c.min(32)) as u32),
                 _ => self.unknown(),
             },
             _ => self.unknown(),
@@ -387,7 +394,9 @@ impl Builder<'_, '_> {
             "slct" => {
                 let by = self.ty()?;
                 match (self.ty()?, by) {
-                    (B32 | U32 | S32 | F32, S32) => self.map3(|a: u32, b: u32, c: i32| if c >= 0 { a } else { b }),
+                    (B32 | U32 | S32 | F32, S32) => {
+                        self.map3(|a: u32, b: u32, c: i32| if c >= 0 { a } else { b })
+                    }
                     (B32 | U32 | S32 | F32, F32) => {
                         self.map3(|a: u32, b: u32, c: f32| if c >= 0.0 { a } else { b })
                     }

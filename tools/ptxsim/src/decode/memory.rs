@@ -23,9 +23,33 @@ enum Space {
 
 /// Cache and scope hints; order among threads is stricter here than the weakest that they allow.
 const HINTS: &[&str] = &[
-    "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile", "weak", "relaxed", "acquire", "release", "acq_rel",
-    "cta", "cluster", "gpu", "sys", "L1::no_allocate", "L1::evict_last", "L1::evict_first", "L1::evict_normal",
-    "L1::evict_unchanged", "L2::64B", "L2::128B", "L2::256B", "noftz",
+    "nc",
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "volatile",
+    "weak",
+    "relaxed",
+    "acquire",
+    "release",
+    "acq_rel",
+    "cta",
+    "cluster",
+    "gpu",
+    "sys",
+    "L1::no_allocate",
+    "L1::evict_last",
+    "L1::evict_first",
+    "L1::evict_normal",
+    "L1::evict_unchanged",
+    "L2::64B",
+    "L2::128B",
+    "L2::256B",
+    "noftz",
 ];
 
 impl Builder<'_, '_> {
@@ -199,9 +223,9 @@ impl Builder<'_, '_> {
         let space = self.space();
         match (space, self.ty()?) {
             (Space::Shared, Type::U32 | Type::B32) => self.map2(cluster_address),
-            (Space::Generic, Type::U64 | Type::B64) => self.map2(|a: u64, rank: u32| {
-                u64::from(cluster_address(a as u32, rank)) | SHARED_SLOT << 32
-            }),
+            (Space::Generic, Type::U64 | Type::B64) => {
+                self.map2(|a: u64, rank: u32| u64::from(cluster_address(a as u32, rank)) | SHARED_SLOT << 32)
+            }
             _ => self.unknown(),
         }
     }

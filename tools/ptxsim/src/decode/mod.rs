@@ -91,7 +91,8 @@ impl Layout {
             symbols.insert(v.name.clone(), global_address(n));
         }
         let used = used_symbols(function);
-        let shared = function.shared.iter().chain(unit.shared.iter().filter(|v| used.contains(&v.name.as_str())));
+        let shared =
+            function.shared.iter().chain(unit.shared.iter().filter(|v| used.contains(&v.name.as_str())));
         let shared_end = place(shared, SHARED_BASE, &mut symbols);
         let align = unit.extern_shared.iter().map(|v| v.align).max().unwrap_or(16);
         let dynamic_shared = shared_end.next_multiple_of(align);
@@ -321,18 +322,18 @@ impl<'c, 'a> Builder<'c, 'a> {
         match self.parts[0] {
             "add" | "sub" | "mul" | "mad" | "fma" | "div" | "rem" | "min" | "max" | "neg" | "abs" => {
                 match self.parts.last().and_then(|s| Type::from_suffix(s)) {
-                    Some(
-                        Type::F32 | Type::F64 | Type::F16 | Type::F16x2 | Type::Bf16 | Type::Bf16x2,
-                    ) => self.float(),
+                    Some(Type::F32 | Type::F64 | Type::F16 | Type::F16x2 | Type::Bf16 | Type::Bf16x2) => {
+                        self.float()
+                    }
                     _ => self.integer(),
                 }
             }
             "sqrt" | "rsqrt" | "rcp" | "ex2" | "lg2" | "sin" | "cos" | "tanh" | "copysign" | "testp" => {
                 self.float()
             }
-            "and" | "or" | "xor" | "not" | "cnot" | "shl" | "shr" | "shf" | "bfe" | "bfi" | "popc" | "clz"
-            | "brev" | "bfind" | "fns" | "lop3" | "prmt" | "mul24" | "mad24" | "sad" | "dp4a" | "szext"
-            | "bmsk" => self.integer(),
+            "and" | "or" | "xor" | "not" | "cnot" | "shl" | "shr" | "shf" | "bfe" | "bfi" | "popc"
+            | "clz" | "brev" | "bfind" | "fns" | "lop3" | "prmt" | "mul24" | "mad24" | "sad" | "dp4a"
+            | "szext" | "bmsk" => self.integer(),
             "setp" | "selp" | "slct" | "set" => self.comparison(),
             "mov" => self.mov(),
             "cvt" => self.cvt(),
@@ -532,9 +533,7 @@ impl<'c, 'a> Builder<'c, 'a> {
     fn list(&mut self, operands: &[Operand], wide: bool, write: bool, signed: bool) -> Parsed<()> {
         let rows = operands
             .iter()
-            .map(|o| {
-                if write { self.destination_of(o, wide, signed) } else { self.source_of(o, wide) }
-            })
+            .map(|o| if write { self.destination_of(o, wide, signed) } else { self.source_of(o, wide) })
             .collect::<Parsed<Vec<_>>>()?;
         self.list_registers(&rows, write);
         Ok(())

@@ -119,7 +119,9 @@ impl Builder<'_, '_> {
         let k = if tf32 { 8 } else { 16 };
         let Some(shape) = self.take_prefixed("m64n") else { return self.unknown() };
         let n = shape.strip_suffix(&format!("k{k}")).and_then(|n| n.parse::<u32>().ok());
-        let Some(n) = n.filter(|n| n.is_multiple_of(8) && (8..=256).contains(n)) else { return self.unknown() };
+        let Some(n) = n.filter(|n| n.is_multiple_of(8) && (8..=256).contains(n)) else {
+            return self.unknown();
+        };
         self.inst.count = (n / 8) as u8;
         self.inst.flops = 2 * 16 * n * k;
         let sums = self.elements(0)?;

@@ -112,7 +112,8 @@ impl Machine<'_> {
     /// The tensor map that a generic address of a parameter names.
     fn map(&self, address: u64, lane: usize) -> Option<&Map> {
         let here = |m: &&Map| u64::from(m.parameter) == address & 0xffff_ffff;
-        let found = self.run.maps.iter().find(here).filter(|_| address >> 32 == PARAM_SLOT || address >> 32 == 0);
+        let found =
+            self.run.maps.iter().find(here).filter(|_| address >> 32 == PARAM_SLOT || address >> 32 == 0);
         if found.is_none() {
             let why = "the address is no parameter that the launch filled with a tensor map";
             self.report(FindingKind::Operand, lane, Place::None, why);
@@ -149,7 +150,8 @@ impl Machine<'_> {
                 let end = (map.extents[0] * u64::from(map.element)) as i64;
                 // Elements before the tensor would leave a gap at the front of a piece; hardware asks for starts
                 // at multiples of 16 bytes as far as this matters.
-                let valid = if inside && first >= 0 { (end - first).clamp(0, PIECE.into()) as u32 } else { 0 };
+                let valid =
+                    if inside && first >= 0 { (end - first).clamp(0, PIECE.into()) as u32 } else { 0 };
                 pieces.push(Piece {
                     shared: map.swizzle.apply(shared + row * row_bytes + unit),
                     global: map.origin.wrapping_add(offset).wrapping_add(first as u64),
@@ -179,7 +181,9 @@ impl Machine<'_> {
     fn pieces_in_bounds(&mut self, pieces: &[Piece], write: bool, reads: bool, lane: usize) -> bool {
         let mut sectors = 0;
         for p in pieces.iter().filter(|p| p.valid > 0) {
-            let Some(bytes) = self.global_bytes(p.global, p.valid.into(), 1, write, lane) else { return false };
+            let Some(bytes) = self.global_bytes(p.global, p.valid.into(), 1, write, lane) else {
+                return false;
+            };
             // SAFETY: `valid` bytes were admitted, each with its mark.
             let written = || unsafe { all_written(bytes.written, p.valid) };
             if reads && self.run.uninitialised && !written() {
@@ -359,7 +363,8 @@ unsafe fn combine(from: *const u8, to: *mut u8, store: &BulkStore) {
         match (store.format, store.element) {
             (Format::Float, 4) => {
                 let (a, b) = (from.cast::<f32>().read_unaligned(), to.cast::<f32>().read_unaligned());
-                let sum = if store.reduction == Reduction::Add { a + b } else { float(a.into(), b.into()) as f32 };
+                let sum =
+                    if store.reduction == Reduction::Add { a + b } else { float(a.into(), b.into()) as f32 };
                 to.cast::<f32>().write_unaligned(sum);
             }
             (Format::Float, 8) => {
@@ -389,9 +394,7 @@ unsafe fn combine(from: *const u8, to: *mut u8, store: &BulkStore) {
 
 /// The coordinates in the list, from `first`.
 fn coordinates(x: &Machine<'_>, i: &Inst, lane: usize) -> Vec<i64> {
-    (0..usize::from(i.count))
-        .map(|n| i64::from(x.warp.registers.lane::<i32>(x.listed(i, n), lane)))
-        .collect()
+    (0..usize::from(i.count)).map(|n| i64::from(x.warp.registers.lane::<i32>(x.listed(i, n), lane))).collect()
 }
 
 /// `cp.async.bulk.tensor` from global to shared memory: shared address in row `d`, map in wide row `a`, mbarrier in

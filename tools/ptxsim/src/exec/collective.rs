@@ -66,7 +66,9 @@ fn source_lane(mode: u8, lane: u32, b: u32, c: u32) -> (u32, bool) {
     let (source, valid) = match mode {
         m if m == Shuffle::Butterfly as u8 => (lane ^ offset, lane ^ offset <= last),
         m if m == Shuffle::Down as u8 => (lane + offset, lane + offset <= last),
-        m if m == Shuffle::Up as u8 => (lane.wrapping_sub(offset), lane as i32 - offset as i32 >= last as i32),
+        m if m == Shuffle::Up as u8 => {
+            (lane.wrapping_sub(offset), lane as i32 - offset as i32 >= last as i32)
+        }
         _ => {
             let source = first | offset & !segment;
             (source, source <= last)

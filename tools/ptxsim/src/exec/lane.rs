@@ -79,25 +79,21 @@ lane!(F16, u32, false, |w| F16(f16_to_f32(w as u16)), |v| f32_to_f16(v.0).into()
 #[derive(Clone, Copy)]
 pub(crate) struct Bf16x2(pub(crate) f32, pub(crate) f32);
 
-lane!(
-    Bf16x2,
-    u32,
-    false,
-    |w| Bf16x2(bf16_to_f32(w as u16), bf16_to_f32((w >> 16) as u16)),
-    |v| u32::from(f32_to_bf16(v.0)) | u32::from(f32_to_bf16(v.1)) << 16
-);
+lane!(Bf16x2, u32, false, |w| Bf16x2(bf16_to_f32(w as u16), bf16_to_f32((w >> 16) as u16)), |v| u32::from(
+    f32_to_bf16(v.0)
+) | u32::from(
+    f32_to_bf16(v.1)
+) << 16);
 
 /// Two half-precision floats in one register, the low half first.
 #[derive(Clone, Copy)]
 pub(crate) struct F16x2(pub(crate) f32, pub(crate) f32);
 
-lane!(
-    F16x2,
-    u32,
-    false,
-    |w| F16x2(f16_to_f32(w as u16), f16_to_f32((w >> 16) as u16)),
-    |v| u32::from(f32_to_f16(v.0)) | u32::from(f32_to_f16(v.1)) << 16
-);
+lane!(F16x2, u32, false, |w| F16x2(f16_to_f32(w as u16), f16_to_f32((w >> 16) as u16)), |v| u32::from(
+    f32_to_f16(v.0)
+) | u32::from(
+    f32_to_f16(v.1)
+) << 16);
 
 #[repr(C, align(256))]
 #[derive(Clone, Copy)]

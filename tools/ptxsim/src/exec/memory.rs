@@ -58,7 +58,14 @@ impl Machine<'_> {
 
     /// Whether `size` bytes of shared memory may be accessed at an address; reports if not.
     #[inline(always)]
-    pub(crate) fn shared_in_bounds(&self, rank: usize, address: u32, size: u32, lane: usize, write: bool) -> bool {
+    pub(crate) fn shared_in_bounds(
+        &self,
+        rank: usize,
+        address: u32,
+        size: u32,
+        lane: usize,
+        write: bool,
+    ) -> bool {
         let end = self.run.shared_end;
         let inside = address >= SHARED_BASE && address <= end && size <= end - address;
         if inside && address & (size.min(16) - 1) == 0 && rank < self.ctas.len() {
@@ -150,7 +157,9 @@ impl Machine<'_> {
         let mut admitted = 0;
         let write = kind != Kind::Read;
         for l in lanes(active) {
-            let Some(bytes) = self.global_bytes(addresses[l], size.into(), size.into(), write, l) else { continue };
+            let Some(bytes) = self.global_bytes(addresses[l], size.into(), size.into(), write, l) else {
+                continue;
+            };
             if self.run.uninitialised {
                 // SAFETY: `global_bytes` admitted `size` bytes, each with its mark.
                 unsafe {

@@ -93,8 +93,7 @@ impl Cell {
         let mut faults = Faults::NONE;
         faults.add(Faults::AFTER_WRITE, !self.write_known(who));
         if who.asynchronous && self.flags & GENERIC != 0 {
-            faults
-                .add(Faults::UNFENCED, self.write_serial > who.fenced[self.write_column as usize]);
+            faults.add(Faults::UNFENCED, self.write_serial > who.fenced[self.write_column as usize]);
         }
         let (column, serial) = who.record;
         reads[column as usize] = serial;
