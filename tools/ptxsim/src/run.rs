@@ -460,7 +460,7 @@ fn check_map(map: &TensorMap<'_>) -> Result<(), String> {
         return Err(format!("extents {:?} outside 1 to 2^32", map.extents));
     }
     let inner = map.tile[0] * map.element;
-    if inner % 16 != 0 {
+    if !inner.is_multiple_of(16) {
         return Err(format!("the innermost tile extent has {inner} bytes, no multiple of 16"));
     }
     let span = map.swizzle.span();

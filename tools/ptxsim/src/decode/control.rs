@@ -1,6 +1,7 @@
 //! Branches, barriers, fences, and exchanges within a warp.
 
-use super::{Builder, Flow};
+use super::Flow;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::barrier::{ClusterArrive, ClusterWait, Converged, ProxyFence, Sync, WarpSync};

@@ -3,8 +3,8 @@
 //! A load is performed when someone looks at its mbarrier, a store when its group is waited for: as late as the
 //! kernel allows.
 
+use super::access::{Kind, all_written, shared_place};
 use super::lane::lanes;
-use super::memory::{Kind, all_written, shared_place};
 use super::shadow::Agent;
 use super::team::Cta;
 use super::warp::{Knowledge, Warp};
@@ -129,7 +129,7 @@ impl Machine<'_> {
             self.report(FindingKind::Operand, lane, Place::None, why);
             return None;
         }
-        if shared % period != 0 {
+        if !shared.is_multiple_of(period) {
             let why = format!("a tile with this swizzle starts at a multiple of {period} bytes");
             self.report(FindingKind::Misaligned, lane, shared_place(shared), why);
             return None;
@@ -168,7 +168,7 @@ impl Machine<'_> {
 
     /// The pieces of a plain range.
     fn range(&self, shared: u32, global: u64, bytes: u32, lane: usize) -> Option<Vec<Piece>> {
-        if !bytes.is_multiple_of(PIECE) || shared % PIECE != 0 || global % 16 != 0 {
+        if !bytes.is_multiple_of(PIECE) || !shared.is_multiple_of(PIECE) || !global.is_multiple_of(16) {
             let why = "a bulk copy needs addresses and sizes that are multiples of 16";
             self.report(FindingKind::Misaligned, lane, shared_place(shared), why);
             return None;
@@ -289,7 +289,7 @@ impl Machine<'_> {
 }
 
 fn bulk_agent(warp: &Warp, lane: usize, record: (u16, u32), pc: u32) -> Agent<'_> {
-    let mut who = super::memory::agent(warp, lane, false, pc);
+    let mut who = super::access::agent(warp, lane, false, pc);
     who.record = record;
     who.asynchronous = true;
     who

@@ -1,7 +1,8 @@
 //! `cp.async`: copies from global to shared memory, done as late as a wait allows.
 
+use super::access::{Kind, all_written};
 use super::lane::lanes;
-use super::memory::{Kind, all_written, narrow_addresses};
+use super::memory::narrow_addresses;
 use super::{Flow, Inst, Instruction, Machine};
 use crate::finding::FindingKind;
 
@@ -92,7 +93,7 @@ fn source_ok(x: &Machine<'_>, global: u64, source: u32, size: u32, lane: usize) 
 
 impl Machine<'_> {
     fn count_copy(&mut self, addresses: &[u64; 32], reading: u32, size: u32) {
-        let sectors = super::memory::count_sectors(addresses, reading, size);
+        let sectors = super::access::count_sectors(addresses, reading, size);
         let site = &mut self.tally.sites[self.pc as usize];
         site.bytes += u64::from(reading.count_ones() * size);
         site.sectors += u64::from(sectors);

@@ -3,8 +3,9 @@
 //! In a fragment of 16-bit elements, lane `4 g + t` holds elements `2 t` and `2 t + 1` of row `g`: a row of eight
 //! elements is four neighbouring lanes, contiguous in a register row.
 
+use super::access::Kind;
 use super::lane::{LANES, Row};
-use super::memory::{Kind, narrow_addresses};
+use super::memory::narrow_addresses;
 use super::{Flow, Inst, Instruction, Machine};
 use crate::math::{bf16_to_f32, f16_to_f32, f32_to_f16};
 use std::marker::PhantomData;

@@ -1,7 +1,7 @@
 //! Transaction barriers in shared memory.
 
+use super::access::shared_place;
 use super::lane::lanes;
-use super::memory::shared_place;
 use super::warp::Knowledge;
 use super::{Flow, Inst, Instruction, Machine};
 use crate::finding::FindingKind;
@@ -103,7 +103,7 @@ impl Instruction for Init {
                 x.report(FindingKind::Mbarrier, l, shared_place(address), why);
             }
             if x.run.shadowed {
-                x.shadow_access(rank, address, 8, l, super::memory::Kind::Write);
+                x.shadow_access(rank, address, 8, l, super::access::Kind::Write);
             }
             let knows = Knowledge::new(x.warp.knows.clock.len(), 0);
             let barrier = Mbarrier { expected: count, pending: count, bytes: 0, phase: 0, knows };

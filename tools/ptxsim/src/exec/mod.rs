@@ -5,8 +5,10 @@
 //!
 //! Reading order: [`lane`] (registers), [`warp`] (control flow), [`team`] (blocks and their schedule), then the
 //! instructions by topic.
+#![allow(clippy::needless_range_loop)] // lanes are indices into several rows at once
 #![allow(unsafe_code)] // register rows and simulated memory are reached through checked-once indices and pointers
 
+pub(crate) mod access;
 pub(crate) mod arithmetic;
 pub(crate) mod atomic;
 pub(crate) mod barrier;

@@ -3,8 +3,8 @@
 //! The product is computed when it is issued. Its reads of shared memory belong to an agent of the warpgroup, and
 //! its registers are watched, until a `wait_group` that all four warps have reached.
 
+use super::access::{Kind, agent, shared_place};
 use super::matrix::{BFloat, Float16, Half, multiply_add, read_accumulators, tf32, write_accumulators};
-use super::memory::{Kind, agent, shared_place};
 use super::team::{BARRIERS, Columns};
 use super::warp::{Warp, uniform};
 use super::{Flow, Inst, Instruction, Machine};
