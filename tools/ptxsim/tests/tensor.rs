@@ -302,6 +302,9 @@ fn tiles_have_up_to_five_dimensions() -> Result<()> {
     Ok(())
 }
 
+/// The byte of element (row, k).
+type Offset = Box<dyn Fn(usize, usize) -> usize>;
+
 /// Memory images of `x[rows][16]` as `wgmma` wants it: bytes, and the descriptor's leading and stride offsets.
 fn operand(x: &[f32], rows: usize, swizzle: Swizzle, k_major: bool) -> (Vec<u8>, u64, u64) {
     let span = match swizzle {
@@ -312,7 +315,7 @@ fn operand(x: &[f32], rows: usize, swizzle: Swizzle, k_major: bool) -> (Vec<u8>,
     };
     let mut bytes = vec![0; 32 * 1024];
     // Offsets of element (row, k) by the canonical layouts.
-    let (leading, stride, at): (usize, usize, Box<dyn Fn(usize, usize) -> usize>) = if k_major {
+    let (leading, stride, at): (usize, usize, Offset) = if k_major {
         if swizzle == Swizzle::None {
             (
                 rows / 8 * 128,

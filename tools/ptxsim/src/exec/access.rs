@@ -146,6 +146,7 @@ impl Machine<'_> {
     }
 
     /// Checks an access to global memory, lane by lane. Returns the lanes that may go on.
+    #[inline(always)]
     pub(crate) fn admit_global(
         &mut self,
         addresses: &Row<u64>,
@@ -229,6 +230,7 @@ impl Machine<'_> {
     }
 
     /// Checks an access to shared memory, lane by lane. Returns the lanes that may go on.
+    #[inline(always)]
     pub(crate) fn admit_shared(
         &mut self,
         addresses: &Row<u32>,

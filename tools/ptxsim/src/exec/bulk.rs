@@ -173,7 +173,8 @@ impl Machine<'_> {
             self.report(FindingKind::Misaligned, lane, shared_place(shared), why);
             return None;
         }
-        let piece = |n: u32| Piece { shared: shared + n, global: global + u64::from(n), valid: PIECE };
+        let piece =
+            |n: u32| Piece { shared: shared + n, global: global.wrapping_add(n.into()), valid: PIECE };
         Some((0..bytes).step_by(PIECE as usize).map(piece).collect())
     }
 

@@ -87,20 +87,25 @@ pub(crate) trait Instruction {
 /// The function to run for `I` on this host.
 pub(crate) fn handler<I: Instruction>() -> Handler {
     #[cfg(target_arch = "x86_64")]
-    if host_has_avx2() {
+    if vector_host() {
         return with_avx2::<I>;
     }
     baseline::<I>
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn host_has_avx2() -> bool {
-    is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("bmi1")
-        && is_x86_feature_detected!("bmi2")
-        && is_x86_feature_detected!("popcnt")
-        && is_x86_feature_detected!("lzcnt")
+/// Whether the host has the vector features that instructions are compiled for besides the baseline.
+pub(crate) fn vector_host() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt")
+            && is_x86_feature_detected!("lzcnt")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 #[cfg(target_arch = "x86_64")]
