@@ -448,6 +448,7 @@ fn a_cluster_shares_a_multicast_tile() -> Result<()> {
         mov.u32 %r1, %tid.x; mov.u32 %r2, tile; mov.u32 %r3, bar; setp.ne.u32 %p1, %r1, 0;
         ld.param.u64 %rd1, [in]; ld.param.u64 %rd2, [out]; mov.u32 %r4, %cluster_ctarank;
         @!%p1 mbarrier.init.shared::cta.b64 [%r3], 1;
+        fence.mbarrier_init.release.cluster;
         @!%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 128;
         barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;
         setp.ne.u32 %p2, %r4, 0; or.pred %p3, %p1, %p2; mov.u16 %h1, 3;

@@ -247,6 +247,11 @@ impl Machine<'_> {
                 self.report(FindingKind::Mbarrier, lane, shared_place(mbarrier), why);
                 continue;
             }
+            if self.run.shadowed && !super::mbarrier::is_fenced(&self.ctas[rank], mbarrier, self.warp) {
+                let why = "the asynchronous proxy may not see this mbarrier yet: no `fence.mbarrier_init` or \
+                           `fence.proxy.async` after its initialisation";
+                self.report(FindingKind::Proxy, lane, shared_place(mbarrier), why);
+            }
             if !self.begin_load(rank, &pieces, lane) {
                 continue;
             }
@@ -312,14 +317,13 @@ fn perform_stores(run: &Run<'_>, cta: &mut Cta, warp: &mut Warp, waiting: u32, k
     warp.bulk_stores.retain(|s| !done(s));
 }
 
-/// A warp ends: whatever it stored in bulk is performed, waited for or not.
+/// A warp ends: what it stored in bulk and did not wait for is a fault, and performed.
 pub(crate) fn finish_stores(run: &Run<'_>, ctas: &mut [Cta], rank: usize, warp: &mut Warp) {
     for store in std::mem::take(&mut warp.bulk_stores) {
-        if store.group.is_none() {
-            let message = "a bulk store that no `commit_group` follows";
-            let thread = warp.index as u32 * 32 + u32::from(store.lane);
-            run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
-        }
+        let message = "the thread exits without `cp.async.bulk.wait_group` for this store, which may still \
+                       read the block's shared memory";
+        let thread = warp.index as u32 * 32 + u32::from(store.lane);
+        run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
         perform_store(run, &mut ctas[rank], &store);
     }
 }
