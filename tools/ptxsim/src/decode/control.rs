@@ -1,12 +1,13 @@
 //! Branches, barriers, fences, and exchanges within a warp.
 
-use super::{Builder, Flow};
+use super::Flow;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::barrier::{ClusterArrive, ClusterWait, Converged, ProxyFence, Sync, WarpSync};
 use crate::exec::collective::{ActiveMask, Elect, Match, Reduce, Shfl, Shuffle, Vote};
 use crate::exec::copy::ArriveAfter;
-use crate::exec::mbarrier::{Arrive, Init, Invalidate, TryWait};
+use crate::exec::mbarrier::{Announce, Arrive, Init, Invalidate, TryWait};
 use crate::exec::warp::{Branch, BranchTable, Exit, Sleep, Trap};
 use crate::syntax::Parsed;
 use crate::syntax::ast::{Operand, Type};
@@ -137,18 +138,11 @@ impl Builder<'_, '_> {
         if self.take("async") {
             return self.run::<ProxyFence>();
         }
-        self.ignore(&[
-            "sc",
-            "acq_rel",
-            "acquire",
-            "release",
-            "mbarrier_init",
-            "cta",
-            "cluster",
-            "gpu",
-            "sys",
-            "gl",
-        ]);
+        if self.take("mbarrier_init") {
+            self.ignore(&["release", "cluster"]);
+            return self.run::<Announce>();
+        }
+        self.ignore(&["sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"]);
         self.nothing()
     }
 

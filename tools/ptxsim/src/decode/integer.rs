@@ -1,6 +1,7 @@
 //! Integer arithmetic, logic, shifts, bit fields, comparisons and moves.
+#![allow(clippy::neg_cmp_op_on_partial_ord, clippy::double_comparisons)] // the forms differ for NaN
 
-use super::Builder;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::arithmetic::{Compare, Join, Logic, Select, Split};
@@ -472,9 +473,9 @@ impl Builder<'_, '_> {
     pub(super) fn mov(&mut self) -> Parsed<()> {
         let ty = self.ty()?;
         match (self.operand(0)?, self.operand(1)?) {
-            (_, Operand::Symbol(name)) if name == "%clock" => self.from_warp(|serial| serial),
+            (_, Operand::Symbol(name)) if name == "%clock" => self.clock(|serial: u32| serial),
             (_, Operand::Symbol(name)) if name == "%clock64" || name == "%globaltimer" => {
-                self.from_warp(|serial| u64::from(serial))
+                self.clock(u64::from)
             }
             (Operand::Vector(halves), _) => self.unpack(ty, halves),
             (_, Operand::Vector(halves)) => self.pack(ty, halves),

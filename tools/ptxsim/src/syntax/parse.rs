@@ -67,7 +67,9 @@ impl<'a> Parser<'a> {
     }
 
     fn expect(&mut self, mark: char) -> Parsed<()> {
-        if self.eat(mark) { Ok(()) } else { at(self.line(), format!("expected `{mark}`")) }
+        // What is missing belongs behind the last token, not in front of the next.
+        let line = self.tokens.get(self.next.saturating_sub(1)).map_or(1, |t| t.1);
+        if self.eat(mark) { Ok(()) } else { at(line, format!("expected `{mark}`")) }
     }
 
     fn word(&mut self) -> Parsed<&'a str> {
