@@ -333,6 +333,17 @@ impl Builder<'_, '_> {
         self.run::<Logic<F>>()
     }
 
+    /// `mov.pred p, -1`
+    fn set_predicate(&mut self, value: bool) -> Parsed<()> {
+        let (p, _) = self.predicate(self.operand(0)?)?;
+        (self.inst.d, self.inst.a, self.inst.b) = (p, p, p);
+        if value { self.logic_of(|_, _| u32::MAX) } else { self.logic_of(|_, _| 0) }
+    }
+
+    fn logic_of<F: Fn(u32, u32) -> u32 + Copy>(&mut self, _: F) -> Parsed<()> {
+        self.run::<Logic<F>>()
+    }
+
     fn shift(&mut self) -> Parsed<()> {
         let (left, right) = (self.take("l"), self.take("r"));
         let (clamp, _) = (self.take("clamp"), self.take("wrap"));
@@ -472,6 +483,7 @@ impl Builder<'_, '_> {
             }
             (Operand::Vector(halves), _) => self.unpack(ty, halves),
             (_, Operand::Vector(halves)) => self.pack(ty, halves),
+            (_, Operand::Integer(v)) if ty == Pred => self.set_predicate(*v != 0),
             _ if ty == Pred => self.predicate_logic(|a, _| a),
             _ => by_width!(self, ty, map1, |a| a),
         }
