@@ -109,6 +109,17 @@ fn guards_leave_other_lanes_alone() -> Result<()> {
 }
 
 #[test]
+fn predicates_take_constants() -> Result<()> {
+    let got = results(
+        "mov.pred %p1, -1; mov.pred %p2, 0; setp.lt.u32 %p3, %r1, 4; @%p3 mov.pred %p2, %p1;
+         selp.u32 %r2, 1, 0, %p2;",
+        32,
+    )?;
+    assert_eq!(got, (0..32).map(|l| u32::from(l < 4)).collect::<Vec<_>>());
+    Ok(())
+}
+
+#[test]
 fn a_jump_table_goes_to_each_label() -> Result<()> {
     let got = results(
         "and.b32 %r3, %r1, 3; mov.u32 %r2, 0;

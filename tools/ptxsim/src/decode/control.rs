@@ -87,7 +87,8 @@ impl Builder<'_, '_> {
         let names = names.collect::<Parsed<Vec<_>>>()?;
         self.inst.a = self.source::<u32>(Place::A, 0)?;
         self.inst.list = self.code.lists.len() as u32;
-        self.inst.count = names.len() as u8;
+        let Ok(count) = u8::try_from(names.len()) else { return self.wrong("more than 255 labels") };
+        self.inst.count = count;
         self.code.lists.extend(names.iter().map(|_| 0));
         self.flow = Flow::Table(self.statement.scope, names);
         self.run::<BranchTable>()

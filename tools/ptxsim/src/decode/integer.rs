@@ -333,10 +333,14 @@ impl Builder<'_, '_> {
         self.run::<Logic<F>>()
     }
 
-    /// A predicate from no operand: the function must ignore what it is given.
-    fn predicate_constant<F: Fn(u32, u32) -> u32 + Copy>(&mut self, _: F) -> Parsed<()> {
-        let (d, _) = self.predicate(self.operand(0)?)?;
-        (self.inst.d, self.inst.a, self.inst.b) = (d, d, d);
+    /// `mov.pred p, -1`
+    fn set_predicate(&mut self, value: bool) -> Parsed<()> {
+        let (p, _) = self.predicate(self.operand(0)?)?;
+        (self.inst.d, self.inst.a, self.inst.b) = (p, p, p);
+        if value { self.logic_of(|_, _| u32::MAX) } else { self.logic_of(|_, _| 0) }
+    }
+
+    fn logic_of<F: Fn(u32, u32) -> u32 + Copy>(&mut self, _: F) -> Parsed<()> {
         self.run::<Logic<F>>()
     }
 
@@ -479,8 +483,7 @@ impl Builder<'_, '_> {
             }
             (Operand::Vector(halves), _) => self.unpack(ty, halves),
             (_, Operand::Vector(halves)) => self.pack(ty, halves),
-            (_, Operand::Integer(0)) if ty == Pred => self.predicate_constant(|_, _| 0),
-            (_, Operand::Integer(_)) if ty == Pred => self.predicate_constant(|_, _| u32::MAX),
+            (_, Operand::Integer(v)) if ty == Pred => self.set_predicate(*v != 0),
             _ if ty == Pred => self.predicate_logic(|a, _| a),
             _ => by_width!(self, ty, map1, |a| a),
         }

@@ -158,11 +158,12 @@ impl Instruction for Invalidate {
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let addresses = super::memory::narrow_addresses(x, i);
         for l in lanes(x.active) {
+            let (rank, local) = x.shared_target(addresses[l]);
             if x.with_mbarrier(addresses[l], l, |_, _| ()).is_some() {
-                let cta = x.cta();
-                cta.mbarriers.remove(&addresses[l]);
+                let cta = &mut x.ctas[rank];
+                cta.mbarriers.remove(&local);
                 if let Some(shadow) = &mut cta.shadow {
-                    shadow.set_mbarrier(addresses[l], false);
+                    shadow.set_mbarrier(local, false);
                 }
             }
         }

@@ -231,11 +231,15 @@ impl<'a> Parser<'a> {
             if self.eat(']') {
                 count = 0;
             } else {
-                count *= self.unsigned()?;
+                let Some(product) = self.unsigned()?.checked_mul(count) else {
+                    return at(line, "variable too large");
+                };
+                count = product;
                 self.expect(']')?;
             }
         }
-        let Some(size) = element.checked_mul(count) else { return at(line, "variable too large") };
+        let size = element.checked_mul(count).filter(|s| *s < 1 << 24);
+        let Some(size) = size else { return at(line, "variable too large") };
         let mut init = Vec::new();
         if self.eat('=') {
             self.initialiser(element, &mut init)?;
