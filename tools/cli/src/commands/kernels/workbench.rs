@@ -1,7 +1,7 @@
 //! What kernels are tried on, and kernels that stand in for the shipped ones.
 use crate::failure::{Failure, Outcome};
 use clap::{Args, ValueEnum};
-use std::{ffi::OsString, path::PathBuf, str::FromStr};
+use std::{ffi::OsString, path::{Path, PathBuf}, str::FromStr};
 use transfusion_core::{
     cases::{self, Case},
     device::{CudaDevice, CudaOptions, Device},
@@ -134,7 +134,7 @@ impl Workbench {
         self.cu.iter().map(|path| self.compile(&nvrtc, path, arch)).collect()
     }
 
-    fn compile(&self, nvrtc: &Nvrtc, path: &PathBuf, arch: &'static str) -> Outcome<Module> {
+    fn compile(&self, nvrtc: &Nvrtc, path: &Path, arch: &'static str) -> Outcome<Module> {
         let stem = path.file_stem().map_or("kernel".into(), |s| s.to_string_lossy());
         let mut include = self.include.clone();
         include.extend(path.parent().map(PathBuf::from));
