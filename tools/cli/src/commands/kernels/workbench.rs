@@ -1,7 +1,11 @@
 //! What kernels are tried on, and kernels that stand in for the shipped ones.
 use crate::failure::{Failure, Outcome};
 use clap::{Args, ValueEnum};
-use std::{ffi::OsString, path::{Path, PathBuf}, str::FromStr};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 use transfusion_core::{
     cases::{self, Case},
     device::{CudaDevice, CudaOptions, Device},
