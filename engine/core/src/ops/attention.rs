@@ -1021,6 +1021,14 @@ fn device_cases() -> Vec<Case> {
             ("documents with images", heads(4, 2, d), 1, 211, mixed),
             ("all see all", heads(3, 3, d), 1, 193, bounds(193, |_, t| (0, t))),
             ("whole tiles", heads(1, 1, d), 2, 256, bounds(256, |_, t| (0, t))),
+            // Each row one key short of a whole tile at the front, or at the back.
+            (
+                "almost whole tiles",
+                heads(1, 1, d),
+                1,
+                256,
+                bounds(256, |i, t| if i < 128 { (1, 191) } else { (0, t - 1) }),
+            ),
             ("windows", heads(2, 1, d), 1, 229, bounds(229, |i, _| (i - 17, i + 9))),
             ("any intervals", heads(2, 1, d), 1, 150, bounds(150, |i, t| ((i * 37) % t, (i * 53) % t))),
             ("nothing", heads(1, 1, d), 1, 70, bounds(70, |i, _| (i, i))),
@@ -1030,7 +1038,7 @@ fn device_cases() -> Vec<Case> {
         }));
         let slots = [
             ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1][..]),
-            ("seven queries of packed rows", heads(4, 1, d), 7, 6, &[2, 2, -1, 0, 9, 1]),
+            ("seven queries of packed rows", heads(4, 1, d), 7, 6, &[2, 2, -1, 0, 5, 1]),
             ("several tiles of queries", heads(2, 2, d), 133, 2, &[1, 4]),
         ];
         cases.extend(slots.map(|(name, heads, queries, columns, slots)| {
