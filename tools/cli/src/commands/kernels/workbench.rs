@@ -28,6 +28,9 @@ pub(crate) struct Workbench {
     /// The machine that launches are made for in the simulator.
     #[arg(long, value_enum, default_value_t = Model::A100)]
     target: Model,
+    /// Its multiprocessors, in place of its own number: fewer make other tiles and other splits.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    sms: Option<u16>,
     /// Compile this file with NVRTC and use its entries in place of the shipped ones of the same names.
     /// May be repeated.
     #[arg(long, value_name = "FILE")]
@@ -118,10 +121,11 @@ impl Workbench {
     }
 
     fn simulator(&self, schedule: Schedule) -> Outcome<SimDevice> {
-        let target = match self.target {
+        let mut target = match self.target {
             Model::A100 => Target::A100,
             Model::H200 => Target::H200,
         };
+        target.sms = self.sms.map_or(target.sms, u32::from);
         let kernels = self.compiled(target.arch)?;
         let simulation = Options { schedule, ..Options::default() };
         Ok(SimDevice::new(SimOptions { target, simulation, kernels })?)
