@@ -1014,7 +1014,7 @@ fn device_cases() -> Vec<Case> {
     let mut cases = vec![];
     for d in [32, 64, 128] {
         let mixed = documents(&[(50, 3..40), (1, 0..0), (90, 20..84), (70, 0..70)]);
-        let masks: [(&str, Heads, usize, usize, Mask); 9] = [
+        let masks: [(&str, Heads, usize, usize, Mask); 10] = [
             ("one position", heads(2, 1, d), 3, 1, causal(1)),
             ("causal", heads(2, 2, d), 2, 67, causal(67)),
             ("causal, tiles and one more", heads(2, 1, d), 1, 257, causal(257)),
