@@ -1,6 +1,7 @@
 //! What the integration tests share: a device with programs on it, a small model with every feature,
 //! documents to pack, and ways to compare.
 pub mod fake_cuda;
+pub mod judge;
 
 use serde_json::Map;
 use std::{

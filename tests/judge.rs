@@ -1,0 +1,261 @@
+//! What is asked of the kernels of an op, in the simulator: that they agree with the CPU under the tolerance
+//! law, without findings, with the same bits under every schedule; and that numbers which a result does not
+//! depend on change no bit of it, whatever they are.
+mod attended;
+mod rows;
+
+use std::{collections::HashSet, iter, ops::Range};
+use transfusion_core::{
+    Error,
+    agreement::{self, Application, Expected},
+    cases::{self, Case},
+    device::Device,
+    launch::Target,
+    tensor::{DType, Host},
+};
+use transfusion_ptx::Module;
+use transfusion_ptxsim::{Options, Schedule, SimDevice, SimOptions};
+
+/// The machines that launches are made for. On the small ones blocks walk over many rows, and large tiles pay
+/// for small cases.
+const TARGETS: [Target; 3] = [
+    Target::A100,
+    Target { name: "four SMs", sms: 4, ..Target::A100 },
+    Target { name: "two SMs", sms: 2, ..Target::A100 },
+];
+
+/// Host threads of a schedule, by position.
+const THREADS: [usize; 4] = [1, 3, 2, 1];
+
+/// Warp instructions without effect after which a launch counts as stuck.
+const PATIENCE: u64 = 1_000_000;
+
+/// What may stand where nobody looks. The last is 3e38 in bf16.
+const POISON: [f64; 3] = [f64::NAN, f64::INFINITY, 2.990_487_403_754_736_6e38];
+
+/// The questions about the kernels of one op, with the answers.
+pub struct Exam {
+    questions: Vec<Question>,
+    secrets: Vec<Secret>,
+}
+
+/// An application from the case tables.
+struct Question {
+    case: String,
+    application: Application,
+    expected: Expected,
+    /// Of [`TARGETS`], those whose launches differ.
+    targets: Vec<usize>,
+}
+
+/// An application, and what some of its results must not depend on.
+struct Secret {
+    case: String,
+    application: Application,
+    hidings: Vec<Hiding>,
+}
+
+/// Elements of the operands that are poisoned, and what that does to the results.
+struct Hiding {
+    what: String,
+    /// Of the operands.
+    poisoned: Vec<Part>,
+    /// Of the results: what may change, and becomes NaN if the poison is.
+    touched: Vec<Part>,
+}
+
+/// Which operand or result, and elements of it.
+type Part = (usize, Range<usize>);
+
+/// A simulated GPU, with these kernels instead of the shipped ones of the same names.
+///
+/// # Panics
+/// If one of them is no PTX.
+pub fn simulator(target: Target, schedule: usize, kernels: &[Module]) -> SimDevice {
+    let simulation = Options {
+        schedule: Schedule::SEVERAL[schedule],
+        threads: THREADS[schedule],
+        patience: PATIENCE,
+        traffic: false,
+        ..Options::default()
+    };
+    SimDevice::new(SimOptions { target, simulation, kernels: kernels.to_vec() }).unwrap()
+}
+
+/// Every fault that the exam of `op` finds in these kernels, where they stand in for the shipped ones.
+pub fn faults(op: &str, kernels: &[Module]) -> Vec<String> {
+    Exam::new(op).faults(kernels).collect()
+}
+
+impl Exam {
+    /// The exam of the kernels of `op` and of its gradient.
+    ///
+    /// # Panics
+    /// If a case is refused.
+    pub fn new(op: &str) -> Exam {
+        let mut questions: Vec<Question> =
+            cases::all().iter().filter(|c| c.op == op).flat_map(|c| questions(op, c)).collect();
+        // The small first: a fault shows soon.
+        questions.sort_by_key(|q| q.application.cost().flops);
+        let secrets = match op {
+            "attention" => attended::secrets(),
+            _ => questions.iter().filter_map(rows::secret).collect(),
+        };
+        Exam { questions, secrets }
+    }
+
+    /// Different applications of this op that are asked about.
+    pub fn shapes(&self, op: &str) -> usize {
+        let of_op = self.questions.iter().filter(|q| q.application.op.name() == op);
+        of_op.map(|q| q.application.to_string()).collect::<HashSet<_>>().len()
+    }
+
+    /// What is wrong with these kernels, where they stand in for the shipped ones; looked for as it is asked
+    /// for.
+    pub fn faults<'a>(&'a self, kernels: &'a [Module]) -> impl Iterator<Item = String> + 'a {
+        self.disagreements(kernels, |_| ()).chain(self.leaks(kernels))
+    }
+
+    /// Where they disagree with the CPU, have findings, or with themselves under another schedule. `done` gets
+    /// every machine at last.
+    pub fn disagreements<'a>(
+        &'a self,
+        kernels: &'a [Module],
+        mut done: impl FnMut(&SimDevice) + 'a,
+    ) -> impl Iterator<Item = String> + 'a {
+        let schedules = 0..Schedule::SEVERAL.len();
+        let of = |target| schedules.clone().map(|s| simulator(target, s, kernels)).collect();
+        let mut machines: Vec<Vec<SimDevice>> = TARGETS.map(of).into();
+        let mut questions = self.questions.iter();
+        iter::from_fn(move || match questions.next() {
+            Some(question) => Some(question.ask(&mut machines)),
+            None => {
+                machines.drain(..).flatten().for_each(|m| done(&m));
+                None
+            }
+        })
+        .flatten()
+    }
+
+    /// Where poison comes through, or does not come through where it should.
+    pub fn leaks<'a>(&'a self, kernels: &'a [Module]) -> impl Iterator<Item = String> + 'a {
+        let mut machine = simulator(Target::A100, 0, kernels);
+        self.secrets.iter().flat_map(move |secret| secret.ask(&mut machine))
+    }
+}
+
+/// What a case asks of an op and its gradient, on every storage type that there are kernels for.
+fn questions(op: &str, case: &Case) -> Vec<Question> {
+    let own = |a: &Application| {
+        a.op.name().strip_prefix(op).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+            && !matches!(a.plan(Some(&TARGETS[0])), Err(Error::NoKernel { .. }))
+    };
+    let of = |float| agreement::applications(case, float, &mut agreement::cpu().unwrap()).unwrap();
+    let all = [DType::Bf16, DType::F32].into_iter().flat_map(of).filter(own);
+    all.map(|application| {
+        let (expected, targets) = (application.expected().unwrap(), targets(&application));
+        Question { case: format!("{case:?}"), application, expected, targets }
+    })
+    .collect()
+}
+
+/// Of [`TARGETS`], those whose launches differ.
+fn targets(a: &Application) -> Vec<usize> {
+    let launches = |t: &Target| {
+        let steps = a.plan(Some(t)).unwrap().steps;
+        steps.into_iter().flat_map(|step| step.launches).collect::<Vec<_>>()
+    };
+    let all = TARGETS.each_ref().map(launches);
+    (0..all.len()).filter(|&t| !all[..t].contains(&all[t])).collect()
+}
+
+impl Question {
+    fn ask(&self, machines: &mut [Vec<SimDevice>]) -> Vec<String> {
+        let mut faults = vec![];
+        for &target in &self.targets {
+            let machines = &mut machines[target];
+            let mut first: Option<Vec<Host>> = None;
+            for (s, machine) in machines.iter_mut().enumerate() {
+                match (self.application.run(machine), &first) {
+                    (Err(e), _) => faults.push(self.fault(&e.to_string())),
+                    (Ok(have), Some(first)) if same_bits(first, &have) => {}
+                    (Ok(_), Some(_)) => faults.push(self.fault(&format!("schedule {s} changes bits"))),
+                    (Ok(have), None) => {
+                        let law = self.expected.compare(&have).into_iter().filter(|w| !w.holds());
+                        faults.extend(law.map(|worst| self.fault(&format!("value: {worst}"))));
+                        first = Some(have);
+                    }
+                }
+                if !faults.is_empty() {
+                    return faults;
+                }
+            }
+        }
+        faults
+    }
+
+    fn fault(&self, what: &str) -> String {
+        format!("{}: {}: {what}", self.case, self.application)
+    }
+}
+
+impl Secret {
+    fn ask(&self, machine: &mut dyn Device) -> Vec<String> {
+        let fault = |what: &str| format!("{}: {}: {what}", self.case, self.application.op.name());
+        let clean = match self.application.run(machine) {
+            Ok(clean) => clean,
+            Err(e) => return vec![fault(&e.to_string())],
+        };
+        let ask = |(n, hiding): (usize, &Hiding)| {
+            // NaN says most; infinity and a number near it take turns.
+            [POISON[0], POISON[1 + n % 2]].map(|poison| {
+                let what = format!("poison: {} = {poison:.0e}", hiding.what);
+                match hiding.application(&self.application, poison).run(machine) {
+                    Ok(have) => {
+                        hiding.leak(&clean, &have, poison).map(|leak| fault(&format!("{what}: {leak}")))
+                    }
+                    Err(e) => Some(fault(&format!("{what}: {e}"))),
+                }
+            })
+        };
+        self.hidings.iter().enumerate().flat_map(ask).flatten().collect()
+    }
+}
+
+impl Hiding {
+    fn application(&self, clean: &Application, poison: f64) -> Application {
+        let mut poisoned = clean.clone();
+        for (i, (spec, host)) in clean.specs.iter().zip(&mut poisoned.ins).enumerate() {
+            let mut values = host.to_f64();
+            let own = self.poisoned.iter().filter(|(operand, _)| *operand == i);
+            own.for_each(|(_, range)| values[range.clone()].fill(poison));
+            *host = Host::from_f64(spec.dtype, values);
+        }
+        poisoned
+    }
+
+    /// The first result that the poison changes although it should not, or spares although it should not.
+    fn leak(&self, clean: &[Host], have: &[Host], poison: f64) -> Option<String> {
+        for (r, (clean, have)) in
+            clean.iter().map(Host::to_f64).zip(have.iter().map(Host::to_f64)).enumerate()
+        {
+            let mut touched = vec![false; clean.len()];
+            let own = self.touched.iter().filter(|(result, _)| *result == r);
+            own.for_each(|(_, range)| touched[range.clone()].fill(true));
+            for (e, (clean, have)) in clean.iter().zip(&have).enumerate() {
+                if !touched[e] && clean.to_bits() != have.to_bits() {
+                    return Some(format!("result {r} element {e} becomes {have:e}, was {clean:e}"));
+                }
+                if touched[e] && poison.is_nan() && !have.is_nan() {
+                    return Some(format!("result {r} element {e} stays {have:e}"));
+                }
+            }
+        }
+        None
+    }
+}
+
+/// Whether all results are the same, bit by bit.
+fn same_bits(a: &[Host], b: &[Host]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.view().bytes() == b.view().bytes())
+}

@@ -1,0 +1,177 @@
+//! Every kernel that is shipped, in the simulator, and the simulator as a device.
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+};
+use transfusion_core::{
+    agreement::{self, Application},
+    cases::Case,
+    launch::Target,
+    tensor::DType,
+};
+use transfusion_ptx::Module;
+use transfusion_tests::judge::{Exam, faults, simulator};
+
+#[test]
+fn every_module_decodes() {
+    for module in transfusion_ptx::modules() {
+        let file = format!("{}/{}.ptx", module.arch, module.stem);
+        let decoded = transfusion_ptxsim::Module::load(&file, &module.text).unwrap_or_else(|e| panic!("{e}"));
+        for entry in module.entries().unwrap() {
+            decoded.kernel(&entry.name).unwrap_or_else(|e| panic!("{file}: {e}"));
+        }
+    }
+}
+
+/// Runs the exam's first half on the shipped kernels: so many different shapes of each op, and every entry of
+/// the module of that name.
+fn agree(exam: &Exam, op: &str, passes: &[&str]) {
+    let launched = Arc::new(Mutex::new(BTreeSet::new()));
+    let seen = launched.clone();
+    let faults: Vec<String> =
+        exam.disagreements(&[], move |m| seen.lock().unwrap().extend(m.counters().keys().cloned())).collect();
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults[..faults.len().min(5)].join("\n"));
+    for pass in passes {
+        assert!(exam.shapes(pass) >= 30, "{} shapes of {pass}", exam.shapes(pass));
+    }
+    let launched = launched.lock().unwrap();
+    for module in transfusion_ptx::modules().iter().filter(|m| m.stem == op) {
+        let left: Vec<String> = module.entries().unwrap().into_iter().map(|e| e.name).collect();
+        let left: Vec<&String> = left.iter().filter(|name| !launched.contains(*name)).collect();
+        assert!(left.is_empty(), "no case launches {left:?}");
+    }
+}
+
+fn keep(exam: &Exam) {
+    let leaks: Vec<String> = exam.leaks(&[]).collect();
+    assert!(leaks.is_empty(), "{} leaks:\n{}", leaks.len(), leaks[..leaks.len().min(5)].join("\n"));
+}
+
+#[test]
+fn rmsnorm() {
+    let exam = Exam::new("rmsnorm");
+    agree(&exam, "rmsnorm", &["rmsnorm", "rmsnorm_bwd"]);
+    keep(&exam);
+}
+
+#[test]
+fn linear() {
+    let exam = Exam::new("linear");
+    agree(&exam, "linear", &["linear", "linear_dx", "linear_dw"]);
+    keep(&exam);
+}
+
+#[test]
+fn attention() {
+    let exam = Exam::new("attention");
+    agree(&exam, "attention", &["attention", "attention_bwd"]);
+}
+
+#[test]
+fn attention_keeps() {
+    let exam = Exam::new("attention");
+    keep(&exam);
+}
+
+/// RMSNorm of 16 rows of 8: y has 256 bytes, so that the arena goes on right behind it.
+fn application() -> Application {
+    let case = Case::new("rmsnorm", "16x8", |g, x| vec![g.rmsnorm(x[0], x[1], 1e-5)]);
+    let case = case.normal([16, 8]).normal([8]).without_gradient();
+    let all = agreement::applications(&case, DType::Bf16, &mut agreement::cpu().unwrap()).unwrap();
+    all.into_iter().find(|a| a.op.name() == "rmsnorm").unwrap()
+}
+
+/// What the device says of a kernel whose threads 0 to 15 each do this with %y, %r and %x, which point to
+/// their rows, and which stands in for the shipped one.
+fn say(body: &str) -> Result<(), String> {
+    let text = format!(
+        "
+.version 7.0
+.target sm_80
+.address_size 64
+.visible .entry rmsnorm_fwd_narrow_bf16(
+    .param .u64 y, .param .u64 r, .param .u64 x, .param .u64 w, .param .u32 rows, .param .u32 width, .param .f32 eps)
+.maxntid 256, 1, 1
+{{
+    .reg .pred %p<4>;
+    .reg .b32 %t, %u, %v<4>;
+    .reg .b64 %y, %r, %x, %a;
+    mov.u32 %t, %tid.x;
+    mov.u32 %u, %ctaid.x;
+    mov.u32 %v0, 0;
+    setp.ne.u32 %p0, %u, 0;
+    setp.gt.u32 %p1, %t, 15;
+    or.pred %p0, %p0, %p1;
+    @%p0 bra $end;
+    ld.param.u64 %y, [y];
+    ld.param.u64 %r, [r];
+    ld.param.u64 %x, [x];
+    cvta.to.global.u64 %y, %y;
+    cvta.to.global.u64 %r, %r;
+    cvta.to.global.u64 %x, %x;
+    mul.wide.u32 %a, %t, 16;
+    add.s64 %y, %y, %a;
+    add.s64 %x, %x, %a;
+    mul.wide.u32 %a, %t, 4;
+    add.s64 %r, %r, %a;
+    {body}
+$end:
+    ret;
+}}
+"
+    );
+    let mut machine = simulator(Target::A100, 0, &[Module::new("sm_80", "own", text)]);
+    application().run(&mut machine).map(drop).map_err(|e| e.to_string())
+}
+
+const WRITE_Y: &str = "st.global.v4.u32 [%y], {%v0, %v0, %v0, %v0};";
+const WRITE_R: &str = "st.global.u32 [%r], %v0;";
+
+#[test]
+fn a_step_that_writes_all_results_and_nothing_else_is_no_fault() {
+    assert_eq!(say(&format!("{WRITE_Y} {WRITE_R}")), Ok(()));
+}
+
+#[test]
+fn a_byte_left_unwritten_is_named() {
+    let but_the_last = format!("setp.lt.u32 %p2, %t, 15; @%p2 {WRITE_Y} {WRITE_R}");
+    let said = say(&but_the_last).unwrap_err();
+    assert!(said.contains("rmsnorm leaves byte 240 of out 0 unwritten"), "{said}");
+    let half = format!("{WRITE_Y} st.global.u16 [%r], 0;").replace("], 0", "], %h");
+    let said = say(&format!(".reg .b16 %h; mov.u16 %h, 0; {half}")).unwrap_err();
+    assert!(said.contains("rmsnorm leaves byte 2 of out 1 unwritten"), "{said}");
+}
+
+#[test]
+fn a_write_to_an_operand_that_is_only_read_is_named() {
+    let said = say(&format!("{WRITE_Y} {WRITE_R} st.global.u32 [%x+4], %v0;")).unwrap_err();
+    assert!(said.contains("access denied") && said.contains("`in 0` byte 4"), "{said}");
+}
+
+#[test]
+fn the_neighbour_in_the_arena_is_out_of_bounds() {
+    let plan = application().plan(Some(&Target::A100)).unwrap();
+    let [y, r] = plan.steps[0].outs[..] else { panic!("two results") };
+    assert_eq!((y.segment, y.offset + 256), (r.segment, r.offset), "r lies right behind y");
+    let said = say(&format!("{WRITE_Y} {WRITE_R} st.global.u32 [%y+16], %v0;")).unwrap_err();
+    assert!(said.contains("out of bounds") && said.contains("`out 0` byte 256"), "{said}");
+    let said = say(&format!("{WRITE_Y} {WRITE_R} st.global.u32 [%r+-4], %v0;")).unwrap_err();
+    assert!(said.contains("out of bounds") && said.contains("`out 1` byte -4"), "{said}");
+    let said = say(&format!("{WRITE_Y} {WRITE_R} ld.global.u32 %v1, [%x+16];")).unwrap_err();
+    assert!(said.contains("out of bounds") && said.contains("`in 0` byte 256"), "{said}");
+}
+
+#[test]
+fn a_result_holds_nothing_before_it_is_written() {
+    let said = say(&format!("ld.global.u32 %v0, [%y]; {WRITE_Y} {WRITE_R}")).unwrap_err();
+    assert!(said.contains("uninitialised") && said.contains("`out 0` byte 0"), "{said}");
+}
+
+#[test]
+fn the_exam_sees_what_is_wrong() {
+    let text = &transfusion_ptx::find("sm_80", "rmsnorm_fwd_narrow_bf16").unwrap().0.text;
+    let wrong = text.replace("sqrt.rn.f32", "rcp.rn.f32");
+    assert_ne!(&wrong, text);
+    let found = faults("rmsnorm", &[Module::new("sm_80", "rmsnorm", wrong)]);
+    assert!(found.iter().any(|f| f.contains("value: ")), "{found:?}");
+}
