@@ -21,18 +21,18 @@
 // to spans of 64.
 //
 // entry                            grid               block  shared      arguments                                                                                 bytes                 flops
-// attention_fwd_d32_bf16           T/128,H,B          128    128+24576   o lse | q k v slots row_start row_end | T Tk H G q_stride kv_stride caches | scale        2B(2TH+2TkH/G)D+4BTH  4BHTTkD
-// attention_fwd_d64_bf16           T/128,H,B          128    128+49152   o lse | q k v slots row_start row_end | T Tk H G q_stride kv_stride caches | scale        2B(2TH+2TkH/G)D+4BTH  4BHTTkD
-// attention_fwd_d128_bf16          T/128,H,B          128    128+98304   o lse | q k v slots row_start row_end | T Tk H G q_stride kv_stride caches | scale        2B(2TH+2TkH/G)D+4BTH  4BHTTkD
+// attention_fwd_d32_bf16           T/128,H,B          128    1152+24576  o lse | q k v slots row_start row_end | T Tk H G q_stride kv_stride caches | scale        2B(2TH+2TkH/G)D+4BTH  4BHTTkD
+// attention_fwd_d64_bf16           T/128,H,B          128    1152+49152  o lse | q k v slots row_start row_end | T Tk H G q_stride kv_stride caches | scale        2B(2TH+2TkH/G)D+4BTH  4BHTTkD
+// attention_fwd_d128_bf16          T/128,H,B          128    1152+98304  o lse | q k v slots row_start row_end | T Tk H G q_stride kv_stride caches | scale        2B(2TH+2TkH/G)D+4BTH  4BHTTkD
 // attention_bwd_prepare_d32_bf16   T/64,H,B           128    0           stats seen spans | o lse grad slots row_start row_end | T Tk H caches |                   4BTHD+12BTH+16BT      2BHTD
 // attention_bwd_prepare_d64_bf16   T/64,H,B           128    0           stats seen spans | o lse grad slots row_start row_end | T Tk H caches |                   4BTHD+12BTH+16BT      2BHTD
 // attention_bwd_prepare_d128_bf16  T/64,H,B           128    0           stats seen spans | o lse grad slots row_start row_end | T Tk H caches |                   4BTHD+12BTH+16BT      2BHTD
 // attention_bwd_keys_d32_bf16      Tk/128,H/G,caches  128    128+35072   dk dv | q k v grad stats seen spans slots | B T Tk H G q_stride kv_stride caches | scale  2B(2TH+4TkH/G)D+8BTH  8BHTTkD
 // attention_bwd_keys_d64_bf16      Tk/128,H/G,caches  128    128+67840   dk dv | q k v grad stats seen spans slots | B T Tk H G q_stride kv_stride caches | scale  2B(2TH+4TkH/G)D+8BTH  8BHTTkD
 // attention_bwd_keys_d128_bf16     Tk/64,H/G,caches   128    128+100608  dk dv | q k v grad stats seen spans slots | B T Tk H G q_stride kv_stride caches | scale  2B(2TH+4TkH/G)D+8BTH  8BHTTkD
-// attention_bwd_queries_d32_bf16   T/128,H,B          128    128+32768   dq | q k v grad stats seen spans slots | T Tk H G q_stride kv_stride caches | scale       2B(3TH+2TkH/G)D+8BTH  6BHTTkD
-// attention_bwd_queries_d64_bf16   T/128,H,B          128    128+65536   dq | q k v grad stats seen spans slots | T Tk H G q_stride kv_stride caches | scale       2B(3TH+2TkH/G)D+8BTH  6BHTTkD
-// attention_bwd_queries_d128_bf16  T/128,H,B          128    128+98304   dq | q k v grad stats seen spans slots | T Tk H G q_stride kv_stride caches | scale       2B(3TH+2TkH/G)D+8BTH  6BHTTkD
+// attention_bwd_queries_d32_bf16   T/128,H,B          128    2176+32768  dq | q k v grad stats seen spans slots | T Tk H G q_stride kv_stride caches | scale       2B(3TH+2TkH/G)D+8BTH  6BHTTkD
+// attention_bwd_queries_d64_bf16   T/128,H,B          128    2176+65536  dq | q k v grad stats seen spans slots | T Tk H G q_stride kv_stride caches | scale       2B(3TH+2TkH/G)D+8BTH  6BHTTkD
+// attention_bwd_queries_d128_bf16  T/128,H,B          128    2176+98304  dq | q k v grad stats seen spans slots | T Tk H G q_stride kv_stride caches | scale       2B(3TH+2TkH/G)D+8BTH  6BHTTkD
 //
 // Needs   D of 32, 64 or 128; strides multiples of 8, so that rows are 16-byte aligned.
 // Rounds  p and ds to bf16 as factors; o, dq, dk, dv once, on store; sums in f32, fixed order (deterministic).
@@ -58,7 +58,7 @@ INLINE int2 interval(int start, int end, u32 keys) {
 INLINE bool sees(int2 seen, int key) { return key >= seen.x && key < seen.y; }
 
 // Of several queries: begin..end holds every key that one of them sees, all see inner_begin..inner_end.
-struct Span {
+struct alignas(16) Span {
     int begin, end, inner_begin, inner_end;
 
     INLINE static Span of(int2 seen) {
@@ -95,7 +95,7 @@ INLINE int cache_of(const int* slots, u32 caches, int b) {
 template <int D, int MI, int COLUMNS>
 INLINE void dot_rows(float (&s)[MI][COLUMNS / 8][4], u32 a, u32 b) {
     constexpr int BYTES = 2 * D;
-    const u32 a_lane = down_right<BYTES>(), b_lane = right_down<BYTES>();
+    const u32 a_lane = again(down_right<BYTES>()), b_lane = again(right_down<BYTES>());
 #pragma unroll
     for (int i = 0; i < MI; i++)
 #pragma unroll
@@ -125,7 +125,7 @@ INLINE void dot_rows(float (&s)[MI][COLUMNS / 8][4], u32 a, u32 b) {
 template <int D, int MI, int DEPTH>
 INLINE void add_rows(float (&acc)[MI][D / 8][4], const float (&p)[MI][DEPTH / 8][4], u32 b) {
     constexpr int BYTES = 2 * D;
-    const u32 lane = down_right<BYTES>();
+    const u32 lane = again(down_right<BYTES>());
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; k++) {
         u32 left[MI][4];
@@ -184,17 +184,17 @@ INLINE void set_aside(float (&acc)[MI][D / 8][4], u32 b, const Seen& seen) {
     __syncthreads();
 }
 
-// Whether all results of all threads are finite.
+// Whether all results of all threads are finite: as integers, all others are larger.
 template <int MI, int NI>
 INLINE bool all_finite(const float (&acc)[MI][NI][4]) {
-    bool good = true;
+    int largest = 0;
 #pragma unroll
     for (int i = 0; i < MI; i++)
 #pragma unroll
         for (int j = 0; j < NI; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) good = good && fabsf(acc[i][j][e]) < INFINITY;
-    return block_reduce<Max, THREADS>(good ? 0 : 1, slots_of_warps) == 0;
+            for (int e = 0; e < 4; e++) largest = max(largest, __float_as_int(fabsf(acc[i][j][e])));
+    return block_reduce<Max, THREADS>(largest, slots_of_warps) < __float_as_int(INFINITY);
 }
 
 // Rounds this warp's rows of a result into shared memory that no other warp touches, and sends them to `to` in
@@ -253,8 +253,8 @@ INLINE void walk_keys(const Span& span, const bf16* k, const bf16* v, u64 stride
         if (t < tiles) {
             const int first = span.begin + t * KEYS;
             const u32 stage = ring + t % 2 * (2 * TILE);
-            copy_tile<KEYS, BYTES, THREADS>(stage, k + first * stride, stride, span.end - first, D);
-            copy_tile<KEYS, BYTES, THREADS>(stage + TILE, v + first * stride, stride, span.end - first, D);
+            copy_tile<KEYS, BYTES, THREADS>(stage, k + first * stride, stride, span.end - first, D, again(threadIdx.x));
+            copy_tile<KEYS, BYTES, THREADS>(stage + TILE, v + first * stride, stride, span.end - first, D, again(threadIdx.x));
         }
         commit_copies();
     };
@@ -306,10 +306,29 @@ struct Softmax {
     }
 };
 
+// Numbers of keys from `key` on become `nothing` for rows that do not see them.
+template <int MI, int NI, typename Seen>
+INLINE void hide(float (&s)[MI][NI][4], int key, const Seen& seen, float nothing) {
+#pragma unroll
+    for (int i = 0; i < MI; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int2 range = seen(i, half);
+#pragma unroll
+            for (int j = 0; j < NI; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (!sees(range, key + j * 8 + threadIdx.x % 4 * 2 + e)) s[i][j][half * 2 + e] = nothing;
+                }
+        }
+}
+
 template <int D>
 struct Forward {
     static constexpr int MI = 2, QUERIES = 16 * MI * WARPS, KEYS = 64, BYTES = 2 * D;
     static constexpr int TILE = KEYS * BYTES;
+    // Keys multiplied at once, as many as registers allow.
+    static constexpr int SLICE = D == 128 ? 32 : 64;
 
     INLINE static void run(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* v, const int* slots,
                            const int* row_start, const int* row_end, u32 queries, u32 keys, u32 heads, u32 group,
@@ -320,25 +339,22 @@ struct Forward {
         const u32 tile = shared_address(shared_memory), ring = tile + QUERIES * BYTES;
         const int own = threadIdx.x / 32 * (16 * MI), lane = threadIdx.x % 32;
 
-        int2 seen[MI][2];
-        Span span = {0x7fffffff, 0, 0, 0x7fffffff};
-#pragma unroll
-        for (int i = 0; i < MI; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int n = first + own + i * 16 + half * 8 + lane / 4;
-                seen[i][half] = make_int2(0, 0);
-                if (n < int(queries) && slot >= 0) {
-                    const u64 at = u64(b) * queries + n;
-                    seen[i][half] = interval(row_start[at], row_end[at], keys);
-                }
-                span = span.with(Span::of(seen[i][half]));
-            }
+        // One query a thread; each is read again where a tile is not seen whole.
+        __shared__ int2 intervals[QUERIES];
+        const auto seen = [&](int i, int half) { return intervals[own + i * 16 + half * 8 + lane / 4]; };
+        const int n = first + threadIdx.x;
+        int2 range = make_int2(0, 0);
+        if (n < int(queries) && slot >= 0) {
+            const u64 at = u64(b) * queries + n;
+            range = interval(row_start[at], row_end[at], keys);
+        }
+        intervals[threadIdx.x] = range;
+        Span span = Span::of(range);
         __shared__ Span spans[WARPS];
         span = span.across_warp();
         if (lane == 0) spans[threadIdx.x / 32] = span;
         copy_tile<QUERIES, BYTES, THREADS>(tile, q + (u64(b) * queries + first) * q_stride + head * D, q_stride,
-                                           int(queries) - first, D);
+                                           int(queries) - first, D, again(threadIdx.x));
         __syncthreads();
         span = spans[0].with(spans[1]).with(spans[2]).with(spans[3]);
 
@@ -346,50 +362,50 @@ struct Forward {
         float sum[MI][D / 8][4];
         Softmax<MI> softmax;
         // Careful only if the first round shows that something is not finite.
-        for (bool careful = false;; careful = true) {
+        for (int careful = 0;; careful = 1) {
             clear(sum);
 #pragma unroll
             for (int i = 0; i < MI; i++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) softmax.top[i][half] = -INFINITY, softmax.total[i][half] = 0.0f;
-            walk_keys<D, KEYS>(span, k + cache, v + cache, kv_stride, ring, [&](int key, u32 stage) {
-                float s[MI][KEYS / 8][4];
-                dot_rows<D, MI, KEYS>(s, tile + own * BYTES, stage);
-                const bool whole = span.whole(key, key + KEYS);
-                if (!whole) {
-#pragma unroll
-                    for (int i = 0; i < MI; i++)
-#pragma unroll
-                        for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-                            for (int e = 0; e < 4; e++)
-                                if (!sees(seen[i][e / 2], key + j * 8 + lane % 4 * 2 + e % 2)) s[i][j][e] = -INFINITY;
+            walk_keys<D, KEYS>(span, k + cache, v + cache, kv_stride, ring, [&](int tile_key, u32 stage) {
+                const bool whole = span.whole(tile_key, tile_key + KEYS);
+#pragma unroll 1
+                for (int slice = 0; slice < KEYS; slice += SLICE) {
+                    const int key = tile_key + slice;
+                    const u32 values = stage + TILE + slice * BYTES;
+                    float s[MI][SLICE / 8][4];
+                    dot_rows<D, MI, SLICE>(s, tile + own * BYTES, stage + slice * BYTES);
+                    if (!whole) hide(s, key, seen, -INFINITY);
+                    softmax.weigh(s, sum, scale * LOG2_E);
+                    if (careful && !whole) {
+                        set_aside<D, MI, SLICE>(sum, values, [&](int n, int i, int half) {
+                            return sees(seen(i, half), key + n);
+                        });
+                    }
+                    add_rows<D, MI, SLICE>(sum, s, values);
                 }
-                softmax.weigh(s, sum, scale * LOG2_E);
-                if (careful && !whole) {
-                    set_aside<D, MI, KEYS>(sum, stage + TILE,
-                                           [&](int row, int i, int half) { return sees(seen[i][half], key + row); });
-                }
-                add_rows<D, MI, KEYS>(sum, s, stage + TILE);
             });
             if (careful || all_finite(sum)) break;
         }
 
+        const u64 row = u64(again(b)) * queries + again(first);
 #pragma unroll
         for (int i = 0; i < MI; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float total = warp_reduce<Sum, 4>(softmax.total[i][half]);
-                const bool some = seen[i][half].x < seen[i][half].y;
+                const int2 range = seen(i, half);
+                const bool some = range.x < range.y;
                 const float share = some ? 1.0f / total : 0.0f;
 #pragma unroll
                 for (int j = 0; j < D / 8; j++) sum[i][j][half * 2] *= share, sum[i][j][half * 2 + 1] *= share;
-                const int n = first + own + i * 16 + half * 8 + lane / 4;
+                const int n = again(first) + own + i * 16 + half * 8 + lane / 4;
                 if (lane % 4 == 0 && n < int(queries))
-                    lse[(u64(b) * heads + head) * queries + n] =
+                    lse[(u64(again(b)) * heads + head) * queries + n] =
                         some ? softmax.top[i][half] * scale + log2_fast(total) * LN_2 : 0.0f;
             }
-        send_rows<D, MI>(o + ((u64(b) * queries + first) * heads + head) * D, u64(heads) * D, int(queries) - first, sum, tile);
+        send_rows<D, MI>(o + (row * heads + head) * D, u64(heads) * D, int(queries) - again(first), sum, tile);
     }
 };
 
@@ -455,45 +471,49 @@ struct BackwardKeys {
         const int2* seen;
         const Span* spans;
         const int* slots;
-        u32 batch, queries, heads, group, q_stride, caches;
-        int slot, kv_head, first, last;
+        u32 batch, queries, keys, heads, group, q_stride, caches;
 
-        INLINE int spans_of_row() const { return (queries + SPAN - 1) / SPAN; }
+        INLINE int first() const { return again(blockIdx.x) * KEYS; }
+        INLINE int last() const { return min(first() + KEYS, int(keys)); }
+        INLINE int kv_head() const { return again(blockIdx.y); }
+        INLINE int slot() const { return again(blockIdx.z); }
+
+        INLINE int spans_of_row() const { return (again(queries) + SPAN - 1) / SPAN; }
     };
 
-    // Where the pass over the queries stands: batch row, query head of the group, span of begin..end.
+    // Where the pass over the queries stands: batch row, query head of the group, span, and where spans end.
     struct Place {
-        int b, g, t, begin, end;
+        int b, g, t, end;
     };
 
-    // The first place of the first batch row from `b` on that reads the cache and has queries for the tile;
-    // row `batch` if there is none.
-    INLINE static Place seek(const Problem& p, int b) {
-        for (; b < int(p.batch); b++) {
-            if (cache_of(p.slots, p.caches, b) != p.slot) continue;
+    // The first span of head `g` of batch row `b` that holds queries for the tile, or of the first head of a later
+    // row that reads the cache; row `batch` if there is none.
+    INLINE static Place seek(const Problem& p, int b, int g) {
+        for (; b < int(p.batch); b++, g = 0) {
+            if (cache_of(p.slots, p.caches, b) != p.slot()) continue;
             int begin = -0x7fffffff, end = 0;
             for (int t = threadIdx.x; t < p.spans_of_row(); t += THREADS) {
-                if (p.spans[u64(b) * p.spans_of_row() + t].meets(p.first, p.last)) begin = max(begin, -t), end = t + 1;
+                if (p.spans[u64(b) * p.spans_of_row() + t].meets(p.first(), p.last())) begin = max(begin, -t), end = t + 1;
             }
             begin = -block_reduce<Max, THREADS>(begin, slots_of_warps);
             end = block_reduce<Max, THREADS>(end, slots_of_warps);
-            if (begin < end) return {b, 0, begin, begin, end};
+            if (begin < end) return {b, g, begin, end};
         }
-        return {b, 0, 0, 0, 0};
+        return {b, 0, 0, 0};
     }
 
     INLINE static void advance(const Problem& p, Place& at) {
         if (++at.t < at.end) return;
-        at.t = at.begin;
-        if (++at.g == int(p.group)) at = seek(p, at.b + 1);
+        const bool more = at.g + 1 < int(p.group);
+        at = seek(p, more ? at.b : at.b + 1, more ? at.g + 1 : 0);
     }
 
     INLINE static void fetch(const Problem& p, const Place& at, u32 stage) {
         if (at.b < int(p.batch)) {
-            const int head = p.kv_head * p.group + at.g, first = at.t * SPAN, rows = int(p.queries) - first;
+            const int head = p.kv_head() * p.group + at.g, first = at.t * SPAN, rows = int(p.queries) - first;
             const u64 row = u64(at.b) * p.queries + first, padded = u64(p.spans_of_row()) * SPAN;
-            copy_tile<SPAN, BYTES, THREADS>(stage, p.q + row * p.q_stride + head * D, p.q_stride, rows, D);
-            copy_tile<SPAN, BYTES, THREADS>(stage + TILE, p.grad + (row * p.heads + head) * D, u64(p.heads) * D, rows, D);
+            copy_tile<SPAN, BYTES, THREADS>(stage, p.q + row * p.q_stride + head * D, p.q_stride, rows, D, again(threadIdx.x));
+            copy_tile<SPAN, BYTES, THREADS>(stage + TILE, p.grad + (row * p.heads + head) * D, u64(p.heads) * D, rows, D, again(threadIdx.x));
             const int part = threadIdx.x % 32;
             if (threadIdx.x < 32) {
                 const float2* from = p.stats + (u64(at.b) * p.heads + head) * padded + first + part * 2;
@@ -509,13 +529,14 @@ struct BackwardKeys {
 
     // One stage: P^T = exp(K Q^T - lse), dS^T = P^T (V dO^T - delta), dV += P^T dO, dK += dS^T Q.
     INLINE static void step(const Problem& p, float (&dk)[MI][D / 8][4], float (&dv)[MI][D / 8][4], u32 keys, u32 values,
-                            u32 stage, float scale, bool careful) {
+                            u32 stage, float scale, int careful) {
         u32 words[4];
         load_shared(words, stage + WHOLE);
         const Span span = {int(words[0]), int(words[1]), int(words[2]), int(words[3])};
-        if (!span.meets(p.first, p.last)) return;
-        const bool whole = span.whole(p.first, p.last);
-        const int own = threadIdx.x / 32 * (16 * MI), lane = threadIdx.x % 32;
+        if (!span.meets(p.first(), p.last())) return;
+        const bool whole = span.whole(p.first(), p.last());
+        const int thread = again(threadIdx.x), own = thread / 32 * (16 * MI), lane = thread % 32;
+#pragma unroll 1
         for (int slice = 0; slice < SPAN; slice += SLICE) {
             float s[MI][SLICE / 8][4], ds[MI][SLICE / 8][4];
             dot_rows<D, MI, SLICE>(s, keys + own * BYTES, stage + slice * BYTES);
@@ -539,7 +560,7 @@ struct BackwardKeys {
                 for (int i = 0; i < MI; i++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        const int key = p.first + own + i * 16 + e / 2 * 8 + lane / 4;
+                        const int key = p.first() + own + i * 16 + e / 2 * 8 + lane / 4;
                         const int2 seen = make_int2(words[e % 2 * 2], words[e % 2 * 2 + 1]);
                         if (!sees(seen, key)) s[i][j][e] = 0.0f, ds[i][j][e] = 0.0f;
                     }
@@ -549,7 +570,7 @@ struct BackwardKeys {
                     u32 begin, end;
                     load_shared(begin, stage + SEEN + (slice + row) * 8);
                     load_shared(end, stage + SEEN + (slice + row) * 8 + 4);
-                    return sees(make_int2(begin, end), p.first + own + i * 16 + half * 8 + lane / 4);
+                    return sees(make_int2(begin, end), p.first() + own + i * 16 + half * 8 + lane / 4);
                 };
                 set_aside<D, MI, SLICE>(dv, stage + TILE + slice * BYTES, seen);
                 set_aside<D, MI, SLICE>(dk, stage + slice * BYTES, seen);
@@ -559,28 +580,27 @@ struct BackwardKeys {
         }
     }
 
-    INLINE static void run(bf16* dk_to, bf16* dv_to, Problem p, const bf16* k, const bf16* v, u32 keys, u32 kv_stride,
+    INLINE static void run(bf16* dk_to, bf16* dv_to, const Problem& p, const bf16* k, const bf16* v, u32 kv_stride,
                            float scale) {
-        p.first = blockIdx.x * KEYS, p.last = min(p.first + KEYS, int(keys));
-        p.kv_head = blockIdx.y, p.slot = blockIdx.z;
         const u32 key_tile = shared_address(shared_memory), value_tile = key_tile + KEY_TILE, ring = value_tile + KEY_TILE;
-        const u64 at = (u64(p.slot) * keys + p.first) * kv_stride + p.kv_head * D;
-        copy_tile<KEYS, BYTES, THREADS>(key_tile, k + at, kv_stride, p.last - p.first, D);
-        copy_tile<KEYS, BYTES, THREADS>(value_tile, v + at, kv_stride, p.last - p.first, D);
+        const auto offset = [&] { return (u64(p.slot()) * p.keys + p.first()) * kv_stride + p.kv_head() * D; };
+        const u64 at = offset();
+        copy_tile<KEYS, BYTES, THREADS>(key_tile, k + at, kv_stride, p.last() - p.first(), D, again(threadIdx.x));
+        copy_tile<KEYS, BYTES, THREADS>(value_tile, v + at, kv_stride, p.last() - p.first(), D, again(threadIdx.x));
         float dk[MI][D / 8][4], dv[MI][D / 8][4];
         // Careful only if the first round shows that something is not finite.
-        for (bool careful = false;; careful = true) {
+        for (int careful = 0;; careful = 1) {
             clear(dk);
             clear(dv);
-            Place next = seek(p, 0);
+            Place next = seek(p, 0, 0);
             fetch(p, next, ring);
-            for (int n = 0; next.b < int(p.batch); n++) {
+            for (u32 stage = ring; next.b < int(p.batch); stage = 2 * ring + STAGE - stage) {
                 // This stage is there, for all threads; and all have left the one that the next replaces.
                 wait_copies<0>();
                 __syncthreads();
                 advance(p, next);
-                fetch(p, next, ring + (n + 1) % 2 * STAGE);
-                step(p, dk, dv, key_tile, value_tile, ring + n % 2 * STAGE, scale, careful);
+                fetch(p, next, 2 * ring + STAGE - stage);
+                step(p, dk, dv, key_tile, value_tile, stage, scale, careful);
             }
             wait_copies<0>();
             __syncthreads();
@@ -588,8 +608,8 @@ struct BackwardKeys {
             if (careful || (all_finite(dv) && good)) break;
         }
         scale_all(dk, scale);
-        send_rows<D, MI>(dk_to + at, kv_stride, p.last - p.first, dk, key_tile);
-        send_rows<D, MI>(dv_to + at, kv_stride, p.last - p.first, dv, value_tile);
+        send_rows<D, MI>(dk_to + offset(), kv_stride, p.last() - p.first(), dk, key_tile);
+        send_rows<D, MI>(dv_to + offset(), kv_stride, p.last() - p.first(), dv, value_tile);
     }
 };
 
@@ -609,47 +629,51 @@ struct BackwardQueries {
         const u64 row = u64(b) * heads + head, padded = u64(spans_of_row) * SPAN;
         const u32 tile = shared_address(shared_memory), grad_tile = tile + QUERY_TILE, ring = grad_tile + QUERY_TILE;
         copy_tile<QUERIES, BYTES, THREADS>(tile, q + (u64(b) * queries + first) * q_stride + head * D, q_stride,
-                                           int(queries) - first, D);
+                                           int(queries) - first, D, again(threadIdx.x));
         copy_tile<QUERIES, BYTES, THREADS>(grad_tile, grad + ((u64(b) * queries + first) * heads + head) * D,
-                                           u64(heads) * D, int(queries) - first, D);
+                                           u64(heads) * D, int(queries) - first, D, again(threadIdx.x));
         Span span = spans[u64(b) * spans_of_row + t];
         if (t + 1 < spans_of_row) span = span.with(spans[u64(b) * spans_of_row + t + 1]);
-        int2 seen[MI][2];
-        float2 stat[MI][2];
-#pragma unroll
-        for (int i = 0; i < MI; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int n = first + own + i * 16 + half * 8 + lane / 4;
-                const bool there = n < int(padded);
-                seen[i][half] = there ? seen_by[b * padded + n] : make_int2(0, 0);
-                stat[i][half] = there ? stats[row * padded + n] : make_float2(0.0f, 0.0f);
-            }
+        // One query a thread; each is read again by those who need it.
+        __shared__ int2 intervals[QUERIES];
+        __shared__ float2 logs[QUERIES];
+        const auto local = [&](int i, int half) { return own + i * 16 + half * 8 + lane / 4; };
+        const auto seen = [&](int i, int half) { return intervals[local(i, half)]; };
+        const int n = first + threadIdx.x;
+        const bool there = n < int(padded);
+        intervals[threadIdx.x] = there ? seen_by[b * padded + n] : make_int2(0, 0);
+        logs[threadIdx.x] = there ? stats[row * padded + n] : make_float2(0.0f, 0.0f);
+        __syncthreads();
         const u64 cache = u64(max(cache_of(slots, caches, b), 0)) * keys * kv_stride + head / group * D;
         float dq[MI][D / 8][4];
         // Careful only if the first round shows that something is not finite.
-        for (bool careful = false;; careful = true) {
+        for (int careful = 0;; careful = 1) {
             clear(dq);
             walk_keys<D, KEYS>(span, k + cache, v + cache, kv_stride, ring, [&](int key0, u32 stage) {
                 const bool whole = span.whole(key0, key0 + KEYS);
+#pragma unroll 1
                 for (int slice = 0; slice < KEYS; slice += SLICE) {
                     float s[MI][SLICE / 8][4], ds[MI][SLICE / 8][4];
                     const int key = key0 + slice;
                     dot_rows<D, MI, SLICE>(s, tile + own * BYTES, stage + slice * BYTES);
                     dot_rows<D, MI, SLICE>(ds, grad_tile + own * BYTES, stage + TILE + slice * BYTES);
+                    if (!whole) hide(s, key, seen, -INFINITY), hide(ds, key, seen, 0.0f);
 #pragma unroll
                     for (int i = 0; i < MI; i++)
 #pragma unroll
-                        for (int j = 0; j < SLICE / 8; j++)
+                        for (int half = 0; half < 2; half++) {
+                            const float2 log = logs[local(i, half)];
 #pragma unroll
-                            for (int e = 0; e < 4; e++) {
-                                const float p = exp2_fast(fmaf(s[i][j][e], scale * LOG2_E, -stat[i][e / 2].x));
-                                ds[i][j][e] = p * (ds[i][j][e] - stat[i][e / 2].y);
-                                if (!whole && !sees(seen[i][e / 2], key + j * 8 + lane % 4 * 2 + e % 2)) ds[i][j][e] = 0.0f;
-                            }
+                            for (int j = 0; j < SLICE / 8; j++)
+#pragma unroll
+                                for (int e = half * 2; e < half * 2 + 2; e++) {
+                                    const float p = exp2_fast(fmaf(s[i][j][e], scale * LOG2_E, -log.x));
+                                    ds[i][j][e] = p * (ds[i][j][e] - log.y);
+                                }
+                        }
                     if (careful && !whole) {
                         set_aside<D, MI, SLICE>(dq, stage + slice * BYTES, [&](int n, int i, int half) {
-                            return sees(seen[i][half], key + n);
+                            return sees(seen(i, half), key + n);
                         });
                     }
                     add_rows<D, MI, SLICE>(dq, ds, stage + slice * BYTES);
@@ -658,11 +682,12 @@ struct BackwardQueries {
             if (careful || all_finite(dq)) break;
         }
         scale_all(dq, scale);
-        send_rows<D, MI>(dq_to + (u64(b) * queries + first) * q_stride + head * D, q_stride, int(queries) - first, dq, tile);
+        const u64 to = u64(again(b)) * queries + again(first);
+        send_rows<D, MI>(dq_to + to * q_stride + head * D, q_stride, int(queries) - again(first), dq, tile);
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_fwd_d32_bf16(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* v, const int* slots,
         const int* row_start, const int* row_end, u32 queries, u32 keys, u32 heads, u32 group, u32 q_stride,
         u32 kv_stride, u32 caches, float scale) {
@@ -670,7 +695,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
         scale);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_fwd_d64_bf16(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* v, const int* slots,
         const int* row_start, const int* row_end, u32 queries, u32 keys, u32 heads, u32 group, u32 q_stride,
         u32 kv_stride, u32 caches, float scale) {
@@ -708,24 +733,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_bwd_keys_d32_bf16(bf16* dk, bf16* dv, const bf16* q, const bf16* k, const bf16* v, const bf16* grad,
         const float2* stats, const int2* seen, const Span* spans, const int* slots, u32 batch, u32 queries, u32 keys, u32 heads, u32 group, u32 q_stride,
         u32 kv_stride, u32 caches, float scale) {
-    BackwardKeys<32>::run(dk, dv, {q, grad, stats, seen, spans, slots, batch, queries, heads, group, q_stride, caches}, k, v,
-        keys, kv_stride, scale);
+    BackwardKeys<32>::run(dk, dv, {q, grad, stats, seen, spans, slots, batch, queries, keys, heads, group, q_stride, caches}, k,
+        v, kv_stride, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_bwd_keys_d64_bf16(bf16* dk, bf16* dv, const bf16* q, const bf16* k, const bf16* v, const bf16* grad,
         const float2* stats, const int2* seen, const Span* spans, const int* slots, u32 batch, u32 queries, u32 keys, u32 heads, u32 group, u32 q_stride,
         u32 kv_stride, u32 caches, float scale) {
-    BackwardKeys<64>::run(dk, dv, {q, grad, stats, seen, spans, slots, batch, queries, heads, group, q_stride, caches}, k, v,
-        keys, kv_stride, scale);
+    BackwardKeys<64>::run(dk, dv, {q, grad, stats, seen, spans, slots, batch, queries, keys, heads, group, q_stride, caches}, k,
+        v, kv_stride, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_bwd_keys_d128_bf16(bf16* dk, bf16* dv, const bf16* q, const bf16* k, const bf16* v, const bf16* grad,
         const float2* stats, const int2* seen, const Span* spans, const int* slots, u32 batch, u32 queries, u32 keys, u32 heads, u32 group, u32 q_stride,
         u32 kv_stride, u32 caches, float scale) {
-    BackwardKeys<128>::run(dk, dv, {q, grad, stats, seen, spans, slots, batch, queries, heads, group, q_stride, caches}, k, v,
-        keys, kv_stride, scale);
+    BackwardKeys<128>::run(dk, dv, {q, grad, stats, seen, spans, slots, batch, queries, keys, heads, group, q_stride, caches}, k,
+        v, kv_stride, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)

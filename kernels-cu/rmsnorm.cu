@@ -6,17 +6,17 @@
 // crosses the bus once. Blocks walk over the rows; each keeps its part of dw in registers and writes it
 // once, and `sum` adds the parts of all blocks. P counts the blocks of the backward pass.
 //
-// entry                     grid            block  shared  arguments                         bytes           flops
-// rmsnorm_fwd_narrow_bf16   min(N/8,4*sms)  256    0       y r | x w | N C | eps             4NC+4N+2C      4NC
-// rmsnorm_fwd_narrow_f32    min(N/8,4*sms)  256    0       y r | x w | N C | eps             8NC+4N+4C      4NC
-// rmsnorm_fwd_wide_bf16     min(N,4*sms)    256    32      y r | x w | N C | eps             4NC+4N+2C      4NC
-// rmsnorm_fwd_wide_f32      min(N,4*sms)    256    32      y r | x w | N C | eps             8NC+4N+4C      4NC
-// rmsnorm_bwd_narrow_bf16   min(N/8,2*sms)  256    0+32C   dx parts | x w r dy | N C |       6NC+4N+2C+4PC  11NC
-// rmsnorm_bwd_narrow_f32    min(N/8,2*sms)  256    0+32C   dx parts | x w r dy | N C |       12NC+4N+4C+4PC  11NC
-// rmsnorm_bwd_wide_bf16     min(N,2*sms)    256    32      dx parts | x w r dy | N C |       6NC+4N+2C+4PC  11NC
-// rmsnorm_bwd_wide_f32      min(N,2*sms)    256    32      dx parts | x w r dy | N C |       12NC+4N+4C+4PC  11NC
-// rmsnorm_bwd_sum_bf16      C/32            256    1024    dw | parts | P C accumulate |     4PC+2C         PC
-// rmsnorm_bwd_sum_f32       C/32            256    1024    dw | parts | P C accumulate |     4PC+4C         PC
+// entry                    grid            block  shared  arguments                      bytes           flops
+// rmsnorm_fwd_narrow_bf16  min(N/8,4*sms)  256    0       y r | x w | N C | eps          4NC+4N+2C       4NC
+// rmsnorm_fwd_narrow_f32   min(N/8,4*sms)  256    0       y r | x w | N C | eps          8NC+4N+4C       4NC
+// rmsnorm_fwd_wide_bf16    min(N,4*sms)    256    32      y r | x w | N C | eps          4NC+4N+2C       4NC
+// rmsnorm_fwd_wide_f32     min(N,4*sms)    256    32      y r | x w | N C | eps          8NC+4N+4C       4NC
+// rmsnorm_bwd_narrow_bf16  min(N/8,2*sms)  256    0+32C   dx parts | x w r dy | N C |    6NC+4N+2C+4PC   11NC
+// rmsnorm_bwd_narrow_f32   min(N/8,2*sms)  256    0+32C   dx parts | x w r dy | N C |    12NC+4N+4C+4PC  11NC
+// rmsnorm_bwd_wide_bf16    min(N,2*sms)    256    32      dx parts | x w r dy | N C |    6NC+4N+2C+4PC   11NC
+// rmsnorm_bwd_wide_f32     min(N,2*sms)    256    32      dx parts | x w r dy | N C |    12NC+4N+4C+4PC  11NC
+// rmsnorm_bwd_sum_bf16     C/32            256    1024    dw | parts | P C accumulate |  4PC+2C          PC
+// rmsnorm_bwd_sum_f32      C/32            256    1024    dw | parts | P C accumulate |  4PC+4C          PC
 //
 // Needs   C % 8 == 0, rows 16-byte aligned; C <= 1024 (narrow bf16), 512 (narrow f32), 8192 (wide bf16),
 //         4096 (wide f32).
@@ -80,7 +80,7 @@ INLINE void forward(T* y, float* r, const T* x, const T* w, u32 rows, u32 width,
 #pragma unroll
         for (int i = 0; i < L::VECTORS; i++) {
             float v[L::WORDS], s[L::WORDS];
-            unpack(v, row[i]);
+            unpack(v, again(row[i]));
             unpack(s, scale[i]);
 #pragma unroll
             for (int e = 0; e < L::WORDS; e++) v[e] *= rstd * s[e];
@@ -116,9 +116,9 @@ INLINE void backward_rows(float (&part)[L::VECTORS][L::WORDS], T* dx, const T* x
 #pragma unroll
         for (int i = 0; i < L::VECTORS; i++) {
             float v[L::WORDS], s[L::WORDS], d[L::WORDS];
-            unpack(v, row[i]);
-            unpack(s, scale[i]);
-            unpack(d, grad[i]);
+            unpack(v, again(row[i]));
+            unpack(s, again(scale[i]));
+            unpack(d, again(grad[i]));
 #pragma unroll
             for (int e = 0; e < L::WORDS; e++) d[e] = rstd * fmaf(s[e], d[e], -v[e] * k);
             if (L::column(i) < width) store16(dx + u64(n) * width + L::column(i), packed(d));

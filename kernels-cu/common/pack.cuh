@@ -11,8 +11,11 @@ INLINE Vec16 load16(const void* from) {
     return {v.x, v.y, v.z, v.w};
 }
 
-INLINE void store16(void* to, const Vec16& v) {
-    *static_cast<uint4*>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+INLINE void store16(void* to, const Vec16& v) { store_global(to, v.word); }
+
+// As `again` of a word: the vector is unpacked anew.
+INLINE Vec16 again(const Vec16& v) {
+    return {again(v.word[0]), again(v.word[1]), again(v.word[2]), again(v.word[3])};
 }
 
 // How many elements a vector holds.

@@ -12,6 +12,12 @@ typedef unsigned long long u64;
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 
+// Hides from the compiler that `x` is what it was: what is computed from it then waits in no register meanwhile.
+INLINE u32 again(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // The upper half of a float.
 struct bf16 {
     u16 bits;
@@ -82,6 +88,13 @@ INLINE void load_shared(float (&v)[4], u32 from) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                  : "r"(from)
+                 : "memory");
+}
+
+// 16 bytes to global memory at once.   9.7.9.11 st.global.v4
+INLINE void store_global(void* to, const u32 (&v)[4]) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
                  : "memory");
 }
 

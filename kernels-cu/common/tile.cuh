@@ -14,19 +14,21 @@ INLINE u32 chunk_at(u32 row, u32 chunk) {
 }
 
 // Begins to copy a tile of `ROWS` rows; rows past the first `rows` and columns past the first `columns`
-// arrive as zeros. `stride` counts elements; `columns` is a multiple of 8 or reaches past the tile.
+// arrive as zeros. `stride` counts elements; `columns` is a multiple of 8 or reaches past the tile. `thread` is
+// for callers who hide it from the compiler.
 template <int ROWS, int BYTES, int THREADS>
-INLINE void copy_tile(u32 tile, const bf16* from, u64 stride, int rows, int columns) {
+INLINE void copy_tile(u32 tile, const bf16* from, u64 stride, int rows, int columns, u32 thread = threadIdx.x) {
     constexpr int CHUNKS = BYTES / 16, STEP = THREADS / CHUNKS;
     static_assert(STEP % 8 == 0, "the swizzle repeats from step to step");
-    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    const int row = thread / CHUNKS, chunk = thread % CHUNKS;
     const u32 to = tile + chunk_at<BYTES>(row, chunk);
     from += u64(row) * stride + chunk * 8;
     const bool inside = chunk * 8 < columns;
 #pragma unroll
     for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
         if (ROWS % STEP != 0 && row + i * STEP >= ROWS) break;
-        copy_async(to + i * STEP * BYTES, from + u64(i * STEP) * stride, inside && row + i * STEP < rows);
+        copy_async(to + i * STEP * BYTES, from, inside && row + i * STEP < rows);
+        from += STEP * stride;
     }
 }
 

@@ -48,7 +48,7 @@ pub struct Case {
     pub inputs: Vec<CaseInput>,
     /// Whether its gradient is checked.
     pub differentiable: bool,
-    /// Whether it is too large for central differences: a smaller case checks the same formula.
+    /// Whether it is there to be compared between devices only: smaller cases check the same formula.
     pub large: bool,
     /// Whether the op meets parameters themselves, so that it adds gradients to their accumulators,
     /// instead of copies.
@@ -117,8 +117,8 @@ impl Case {
         self
     }
 
-    /// Says that it is there for devices: central differences and thread counts are left to smaller
-    /// cases.
+    /// Says that it is there to be compared between devices: what the CPU is checked for alone is left to
+    /// smaller cases.
     pub fn large(mut self) -> Case {
         self.large = true;
         self
@@ -363,7 +363,7 @@ mod tests {
 
     #[test]
     fn narrow_floats_stay_near_f64() {
-        for case in all() {
+        for case in all().into_iter().filter(|c| !c.large) {
             let exact = forward_backward(&case, DType::F64, cpu(1)).unwrap();
             for (float, slack) in [(DType::F32, 2e-5), (DType::Bf16, 6e-2)] {
                 let near = forward_backward(&case, float, cpu(2)).unwrap();

@@ -4,14 +4,15 @@ use crate::{
     failure::{Failure, Outcome},
 };
 use clap::{Args, builder::PossibleValuesParser};
-use std::path::PathBuf;
+use std::{path::PathBuf, str::FromStr};
 use transfusion::{
     Error,
     config::{ModelConfig, PRESETS},
-    hardware::Hardware,
+    hardware::{self, Hardware},
     run::RunConfig,
 };
 use transfusion_core::device::Device;
+use transfusion_ptxsim::{SimDevice, SimOptions};
 
 /// A preset, and what is laid over it.
 #[derive(Args, Debug)]
@@ -53,12 +54,34 @@ fn assignment(text: &str) -> Result<(String, String), String> {
 #[derive(Args, Debug)]
 pub(crate) struct Machine {
     /// What it runs on: cpu, cuda, cuda:N, or auto, which is a GPU if one is there that has a kernel for
-    /// everything the model does, else the CPU.
+    /// everything the model does, else the CPU; or sim, which runs the kernels in the simulator with every
+    /// check.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    device: Hardware,
+    device: Chosen,
     /// Threads of the CPU; 0 is one for each core. Results do not depend on it.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
     threads: u16,
+}
+
+/// A machine by name.
+#[derive(Clone, Copy, Debug)]
+enum Chosen {
+    Hardware(Hardware),
+    Simulator,
+}
+
+impl FromStr for Chosen {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Chosen, String> {
+        match name {
+            "sim" => Ok(Chosen::Simulator),
+            _ => match name.parse() {
+                Ok(hardware) => Ok(Chosen::Hardware(hardware)),
+                Err(_) => Err("devices are auto, cpu, cuda, cuda:N and sim, N counted from 0".into()),
+            },
+        }
+    }
 }
 
 impl Machine {
@@ -67,7 +90,15 @@ impl Machine {
         &self,
         model: impl FnOnce() -> Result<ModelConfig, Error>,
     ) -> Outcome<Box<dyn Device>> {
-        let opened = self.device.open(usize::from(self.threads), model)?;
+        let hardware = match self.device {
+            Chosen::Hardware(hardware) => hardware,
+            Chosen::Simulator => {
+                let simulator = SimDevice::new(SimOptions::default())?;
+                simulator.target().map_or(Ok(()), |target| hardware::lowers(&model()?, &target))?;
+                return Ok(Box::new(simulator));
+            }
+        };
+        let opened = hardware.open(usize::from(self.threads), model)?;
         opened.notices.iter().for_each(console::note);
         Ok(opened.device)
     }

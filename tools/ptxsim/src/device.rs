@@ -7,7 +7,7 @@ use crate::{
     Access, Argument, Counters, Finding, Format, MemoryId, Options, Swizzle, TensorMap, Window, simulate,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     ops::Range,
     sync::Arc,
     time::{Duration, Instant},
@@ -88,11 +88,10 @@ impl SimDevice {
         for kernel in entries(plan).filter_map(|entry| self.library.find(entry)) {
             let text = &kernel.module;
             let key = (text.arch.to_string(), text.stem.to_string());
-            if !self.modules.contains_key(&key) {
+            if let Entry::Vacant(room) = self.modules.entry(key) {
                 let file = format!("{}/{}.ptx", text.arch, text.stem);
-                let module =
-                    crate::Module::load(&file, &text.text).map_err(|e| Error::Device(e.to_string()))?;
-                self.modules.insert(key, module);
+                let module = crate::Module::load(&file, &text.text);
+                room.insert(module.map_err(|e| Error::Device(e.to_string()))?);
             }
         }
         Ok(())

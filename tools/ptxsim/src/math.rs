@@ -44,7 +44,7 @@ pub(crate) fn f32_to_f16(x: f32) -> u16 {
         (a + 0.5).to_bits() - 0.5f32.to_bits()
     } else {
         let bits = a.to_bits();
-        (bits + 0xfff + (bits >> 13 & 1) >> 13) - (112 << 10)
+        ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10)
     };
     sign | magnitude as u16
 }
@@ -82,11 +82,11 @@ pub(crate) fn ex2(x: f32) -> f32 {
     let whole = clamped.round_ties_even();
     let f = clamped - whole;
     // 2^f on [-0.5, 0.5]: the Taylor series in f ln 2, whose remainder is below 1e-8 here.
-    let mut p = 1.525_273_4e-5f32;
+    let mut p = 1.525_273e-5f32;
     p = p.mul_add(f, 1.540_353e-4);
     p = p.mul_add(f, 1.333_355_8e-3);
     p = p.mul_add(f, 9.618_129e-3);
-    p = p.mul_add(f, 5.550_410_9e-2);
+    p = p.mul_add(f, 5.550_411e-2);
     p = p.mul_add(f, 2.402_265e-1);
     p = p.mul_add(f, 6.931_472e-1);
     p = p.mul_add(f, 1.0);

@@ -90,6 +90,8 @@ pub(crate) struct Run<'a> {
     pub(crate) checks: Checks,
     /// Whether shared memory has a shadow and warps have clocks.
     pub(crate) shadowed: bool,
+    /// Whether the host has the vector features that instructions are compiled for.
+    pub(crate) vector_host: bool,
     /// Whether global reads need marked bytes.
     pub(crate) uninitialised: bool,
     pub(crate) params: Vec<u8>,
@@ -137,6 +139,7 @@ impl<'a> Run<'a> {
             options: *options,
             checks: options.checks,
             shadowed: options.checks.shared_shadow(),
+            vector_host: crate::exec::vector_host(),
             uninitialised: options.checks.has(FindingKind::Uninitialised),
             params: vec![0; kernel.parameter_bytes as usize],
             maps: Vec::new(),
@@ -460,7 +463,7 @@ fn check_map(map: &TensorMap<'_>) -> Result<(), String> {
         return Err(format!("extents {:?} outside 1 to 2^32", map.extents));
     }
     let inner = map.tile[0] * map.element;
-    if inner % 16 != 0 {
+    if !inner.is_multiple_of(16) {
         return Err(format!("the innermost tile extent has {inner} bytes, no multiple of 16"));
     }
     let span = map.swizzle.span();

@@ -293,6 +293,9 @@ pub(super) fn cases() -> Vec<Case> {
             .normal([133, 3]),
         plain(9, 16, 24).accumulating(),
     ];
+    // With 8 SMs the weight gradient of this one is split in tiles of 128x128.
+    cases.push(plain(2003, 256, 256).large());
+    cases.push(plain(2003, 256, 256).accumulating().large());
     // Odd and prime row counts, depths that wrap the ring of stages, edges on every side, splits.
     let products = [
         (1, 8, 8),

@@ -1,6 +1,6 @@
 //! `cp.async` and bulk copies.
 
-use super::Builder;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::bulk::{CommitBulk, LoadRange, LoadTile, Reduction, StoreRange, StoreTile, WaitBulk};

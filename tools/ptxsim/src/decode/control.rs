@@ -1,12 +1,13 @@
 //! Branches, barriers, fences, and exchanges within a warp.
 
-use super::{Builder, Flow};
+use super::Flow;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::barrier::{ClusterArrive, ClusterWait, Converged, ProxyFence, Sync, WarpSync};
 use crate::exec::collective::{ActiveMask, Elect, Match, Reduce, Shfl, Shuffle, Vote};
 use crate::exec::copy::ArriveAfter;
-use crate::exec::mbarrier::{Arrive, Init, Invalidate, TryWait};
+use crate::exec::mbarrier::{Announce, Arrive, Init, Invalidate, TryWait};
 use crate::exec::warp::{Branch, BranchTable, Exit, Sleep, Trap};
 use crate::syntax::Parsed;
 use crate::syntax::ast::{Operand, Type};
@@ -86,7 +87,8 @@ impl Builder<'_, '_> {
         let names = names.collect::<Parsed<Vec<_>>>()?;
         self.inst.a = self.source::<u32>(Place::A, 0)?;
         self.inst.list = self.code.lists.len() as u32;
-        self.inst.count = names.len() as u8;
+        let Ok(count) = u8::try_from(names.len()) else { return self.wrong("more than 255 labels") };
+        self.inst.count = count;
         self.code.lists.extend(names.iter().map(|_| 0));
         self.flow = Flow::Table(self.statement.scope, names);
         self.run::<BranchTable>()
@@ -137,18 +139,11 @@ impl Builder<'_, '_> {
         if self.take("async") {
             return self.run::<ProxyFence>();
         }
-        self.ignore(&[
-            "sc",
-            "acq_rel",
-            "acquire",
-            "release",
-            "mbarrier_init",
-            "cta",
-            "cluster",
-            "gpu",
-            "sys",
-            "gl",
-        ]);
+        if self.take("mbarrier_init") {
+            self.ignore(&["release", "cluster"]);
+            return self.run::<Announce>();
+        }
+        self.ignore(&["sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"]);
         self.nothing()
     }
 

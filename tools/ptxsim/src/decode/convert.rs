@@ -1,6 +1,6 @@
 //! `cvt`.
 
-use super::Builder;
+use super::builder::Builder;
 use crate::counters::Class;
 use crate::exec::lane::{Bf16 as Brain, F16 as Half, Flushed};
 use crate::math::{f32_to_bf16, f32_to_f16};

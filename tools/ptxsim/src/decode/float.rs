@@ -1,6 +1,6 @@
 //! Floating-point arithmetic.
 
-use super::Builder;
+use super::builder::Builder;
 use crate::counters::Class;
 use crate::exec::lane::{Bf16 as Brain, Bf16x2 as BrainPair, F16 as Half, F16x2 as HalfPair, Flushed};
 use crate::math;

@@ -1,6 +1,7 @@
 //! Integer arithmetic, logic, shifts, bit fields, comparisons and moves.
+#![allow(clippy::neg_cmp_op_on_partial_ord, clippy::double_comparisons)] // the forms differ for NaN
 
-use super::Builder;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::arithmetic::{Compare, Join, Logic, Select, Split};
@@ -332,10 +333,14 @@ impl Builder<'_, '_> {
         self.run::<Logic<F>>()
     }
 
-    /// A predicate from no operand: the function must ignore what it is given.
-    fn predicate_constant<F: Fn(u32, u32) -> u32 + Copy>(&mut self, _: F) -> Parsed<()> {
-        let (d, _) = self.predicate(self.operand(0)?)?;
-        (self.inst.d, self.inst.a, self.inst.b) = (d, d, d);
+    /// `mov.pred p, -1`
+    fn set_predicate(&mut self, value: bool) -> Parsed<()> {
+        let (p, _) = self.predicate(self.operand(0)?)?;
+        (self.inst.d, self.inst.a, self.inst.b) = (p, p, p);
+        if value { self.logic_of(|_, _| u32::MAX) } else { self.logic_of(|_, _| 0) }
+    }
+
+    fn logic_of<F: Fn(u32, u32) -> u32 + Copy>(&mut self, _: F) -> Parsed<()> {
         self.run::<Logic<F>>()
     }
 
@@ -472,14 +477,13 @@ impl Builder<'_, '_> {
     pub(super) fn mov(&mut self) -> Parsed<()> {
         let ty = self.ty()?;
         match (self.operand(0)?, self.operand(1)?) {
-            (_, Operand::Symbol(name)) if name == "%clock" => self.from_warp(|serial| serial),
+            (_, Operand::Symbol(name)) if name == "%clock" => self.clock(|serial: u32| serial),
             (_, Operand::Symbol(name)) if name == "%clock64" || name == "%globaltimer" => {
-                self.from_warp(|serial| u64::from(serial))
+                self.clock(u64::from)
             }
             (Operand::Vector(halves), _) => self.unpack(ty, halves),
             (_, Operand::Vector(halves)) => self.pack(ty, halves),
-            (_, Operand::Integer(0)) if ty == Pred => self.predicate_constant(|_, _| 0),
-            (_, Operand::Integer(_)) if ty == Pred => self.predicate_constant(|_, _| u32::MAX),
+            (_, Operand::Integer(v)) if ty == Pred => self.set_predicate(*v != 0),
             _ if ty == Pred => self.predicate_logic(|a, _| a),
             _ => by_width!(self, ty, map1, |a| a),
         }

@@ -1,12 +1,11 @@
 //! Loads, stores, atomics and address arithmetic.
 
-use super::Builder;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
+use crate::exec::access::cluster_address;
 use crate::exec::atomic::{Atomic, UPDATES};
-use crate::exec::memory::{
-    ACQUIRE, Generic, Load, LoadGlobal, LoadParam, Local, Shared, Store, StoreGlobal, cluster_address,
-};
+use crate::exec::memory::{ACQUIRE, Generic, Load, LoadGlobal, LoadParam, Local, Shared, Store, StoreGlobal};
 use crate::run::{LOCAL_SLOT, PARAM_SLOT, SHARED_SLOT};
 use crate::syntax::Parsed;
 use crate::syntax::ast::Type;

@@ -1,6 +1,7 @@
 //! Matrix instructions.
 
-use super::{Builder, Flow};
+use super::Flow;
+use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::matrix::{BFloat, Float16, LoadMatrix, Mma, MmaTf32, StoreMatrix};

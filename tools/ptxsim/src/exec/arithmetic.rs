@@ -11,8 +11,8 @@ use std::marker::PhantomData;
 #[inline(always)]
 fn the<F: Copy>() -> F {
     const { assert!(size_of::<F>() == 0, "the closure of an instruction must capture nothing") };
-    // SAFETY: `F` is a closure without captures that the decoder held a value of; it has no bytes to initialise.
-    unsafe { std::mem::MaybeUninit::uninit().assume_init() }
+    // SAFETY: `F` is a closure without captures that the decoder held a value of; it has no bytes to read.
+    unsafe { std::ptr::NonNull::<F>::dangling().read() }
 }
 
 /// `d = f(a)`

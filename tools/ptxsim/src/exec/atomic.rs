@@ -1,7 +1,8 @@
 //! Atomics: `atom` and `red` on global and shared memory.
 
+use super::access::{Kind, Pointers};
 use super::lane::lanes;
-use super::memory::{Kind, Pointers, Space, put_wide_lane, wide_lane};
+use super::memory::{Space, put_wide_lane, wide_lane};
 use super::{Flow, Inst, Instruction, Machine};
 use crate::math::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use std::marker::PhantomData;

@@ -3,8 +3,8 @@
 //! A load is performed when someone looks at its mbarrier, a store when its group is waited for: as late as the
 //! kernel allows.
 
+use super::access::{Kind, all_written, shared_place};
 use super::lane::lanes;
-use super::memory::{Kind, all_written, shared_place};
 use super::shadow::Agent;
 use super::team::Cta;
 use super::warp::{Knowledge, Warp};
@@ -129,7 +129,7 @@ impl Machine<'_> {
             self.report(FindingKind::Operand, lane, Place::None, why);
             return None;
         }
-        if shared % period != 0 {
+        if !shared.is_multiple_of(period) {
             let why = format!("a tile with this swizzle starts at a multiple of {period} bytes");
             self.report(FindingKind::Misaligned, lane, shared_place(shared), why);
             return None;
@@ -168,12 +168,13 @@ impl Machine<'_> {
 
     /// The pieces of a plain range.
     fn range(&self, shared: u32, global: u64, bytes: u32, lane: usize) -> Option<Vec<Piece>> {
-        if !bytes.is_multiple_of(PIECE) || shared % PIECE != 0 || global % 16 != 0 {
+        if !bytes.is_multiple_of(PIECE) || !shared.is_multiple_of(PIECE) || !global.is_multiple_of(16) {
             let why = "a bulk copy needs addresses and sizes that are multiples of 16";
             self.report(FindingKind::Misaligned, lane, shared_place(shared), why);
             return None;
         }
-        let piece = |n: u32| Piece { shared: shared + n, global: global + u64::from(n), valid: PIECE };
+        let piece =
+            |n: u32| Piece { shared: shared + n, global: global.wrapping_add(n.into()), valid: PIECE };
         Some((0..bytes).step_by(PIECE as usize).map(piece).collect())
     }
 
@@ -246,6 +247,11 @@ impl Machine<'_> {
                 self.report(FindingKind::Mbarrier, lane, shared_place(mbarrier), why);
                 continue;
             }
+            if self.run.shadowed && !super::mbarrier::is_fenced(&self.ctas[rank], mbarrier, self.warp) {
+                let why = "the asynchronous proxy may not see this mbarrier yet: no `fence.mbarrier_init` or \
+                           `fence.proxy.async` after its initialisation";
+                self.report(FindingKind::Proxy, lane, shared_place(mbarrier), why);
+            }
             if !self.begin_load(rank, &pieces, lane) {
                 continue;
             }
@@ -289,7 +295,7 @@ impl Machine<'_> {
 }
 
 fn bulk_agent(warp: &Warp, lane: usize, record: (u16, u32), pc: u32) -> Agent<'_> {
-    let mut who = super::memory::agent(warp, lane, false, pc);
+    let mut who = super::access::agent(warp, lane, false, pc);
     who.record = record;
     who.asynchronous = true;
     who
@@ -311,14 +317,13 @@ fn perform_stores(run: &Run<'_>, cta: &mut Cta, warp: &mut Warp, waiting: u32, k
     warp.bulk_stores.retain(|s| !done(s));
 }
 
-/// A warp ends: whatever it stored in bulk is performed, waited for or not.
+/// A warp ends: what it stored in bulk and did not wait for is a fault, and performed.
 pub(crate) fn finish_stores(run: &Run<'_>, ctas: &mut [Cta], rank: usize, warp: &mut Warp) {
     for store in std::mem::take(&mut warp.bulk_stores) {
-        if store.group.is_none() {
-            let message = "a bulk store that no `commit_group` follows";
-            let thread = warp.index as u32 * 32 + u32::from(store.lane);
-            run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
-        }
+        let message = "the thread exits without `cp.async.bulk.wait_group` for this store, which may still \
+                       read the block's shared memory";
+        let thread = warp.index as u32 * 32 + u32::from(store.lane);
+        run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
         perform_store(run, &mut ctas[rank], &store);
     }
 }

@@ -1,17 +1,19 @@
 //! `cp.async`: copies from global to shared memory, done as late as a wait allows.
 
+use super::access::{Kind, all_written};
 use super::lane::lanes;
-use super::memory::{Kind, all_written, narrow_addresses};
+use super::memory::narrow_addresses;
 use super::{Flow, Inst, Instruction, Machine};
 use crate::finding::FindingKind;
 
 /// A copy that was issued.
 struct Pending {
     shared: u32,
-    global: u64,
+    /// Where to read; windows do not move while a launch runs.
+    from: *const u8,
     /// Bytes to read; the rest of `size` is filled with zeros.
-    source: u32,
-    size: u32,
+    source: u8,
+    size: u8,
     lane: u8,
 }
 
@@ -51,9 +53,10 @@ impl Instruction for CopyAsync {
                 let why = format!("{wanted} source bytes for a copy of {size}");
                 x.report(FindingKind::Operand, l, crate::finding::Place::None, why);
             }
-            if !x.shared_in_bounds(rank, shared[l], size, l, true) || !source_ok(x, global, source, size, l) {
+            if !x.shared_in_bounds(rank, shared[l], size, l, true) {
                 continue;
             }
+            let Some(from) = admit_source(x, global, source, size, l) else { continue };
             if x.run.shadowed {
                 x.shadow_access(rank, shared[l], size, l, Kind::Write);
                 if let Some(shadow) = &mut x.cta().shadow {
@@ -62,7 +65,8 @@ impl Instruction for CopyAsync {
             }
             globals[l] = global;
             reading |= u32::from(source > 0) << l;
-            x.warp.copies.pending.push(Pending { shared: shared[l], global, source, size, lane: l as u8 });
+            let (source, size, lane) = (source as u8, size as u8, l as u8);
+            x.warp.copies.pending.push(Pending { shared: shared[l], from, source, size, lane });
         }
         if x.run.options.traffic {
             x.count_copy(&globals, reading, size);
@@ -71,28 +75,25 @@ impl Instruction for CopyAsync {
     }
 }
 
-/// Whether the source of a copy may be read; a copy of no bytes reads nothing.
+/// The source of a copy, if it may be read; a copy of no bytes reads nothing.
 #[inline(always)]
-fn source_ok(x: &Machine<'_>, global: u64, source: u32, size: u32, lane: usize) -> bool {
+fn admit_source(x: &Machine<'_>, global: u64, source: u32, size: u32, lane: usize) -> Option<*const u8> {
     if source == 0 {
-        return true;
+        return Some(std::ptr::null());
     }
-    let Some(bytes) = x.global_bytes(global, source.into(), size.into(), false, lane) else { return false };
+    let bytes = x.global_bytes(global, source.into(), size.into(), false, lane)?;
     x.check_conflict(bytes, source, Kind::Read, lane, global);
-    if x.run.uninitialised {
-        // SAFETY: `source` bytes were admitted, each with its mark.
-        let written = unsafe { all_written(bytes.written, source) };
-        if !written {
-            let why = "copy of bytes that nothing wrote";
-            x.report(FindingKind::Uninitialised, lane, x.run.place(global), why);
-        }
+    // SAFETY: `source` bytes were admitted, each with its mark.
+    if x.run.uninitialised && !unsafe { all_written(bytes.written, source) } {
+        let why = "copy of bytes that nothing wrote";
+        x.report(FindingKind::Uninitialised, lane, x.run.place(global), why);
     }
-    true
+    Some(bytes.data)
 }
 
 impl Machine<'_> {
     fn count_copy(&mut self, addresses: &[u64; 32], reading: u32, size: u32) {
-        let sectors = super::memory::count_sectors(addresses, reading, size);
+        let sectors = super::access::count_sectors(addresses, reading, size);
         let site = &mut self.tally.sites[self.pc as usize];
         site.bytes += u64::from(reading.count_ones() * size);
         site.sectors += u64::from(sectors);
@@ -104,21 +105,20 @@ impl Machine<'_> {
         let cta = &mut self.ctas[self.rank];
         for copy in self.warp.copies.pending.drain(..count) {
             let to = cta.shared(copy.shared);
-            // SAFETY: both sides were admitted when the copy was issued, and windows do not move.
+            // SAFETY: both sides were admitted when the copy was issued.
             unsafe {
-                match self.run.find(copy.global, copy.source.into(), 1, false) {
-                    Some(from) if copy.source == 16 => copy_16(from.data, to),
-                    from => {
-                        std::ptr::write_bytes(to, 0, copy.size as usize);
-                        if let Some(from) = from.filter(|_| copy.source > 0) {
-                            std::ptr::copy_nonoverlapping(from.data, to, copy.source as usize);
-                        }
+                if copy.source == 16 {
+                    copy_16(copy.from, to);
+                } else {
+                    std::ptr::write_bytes(to, 0, copy.size.into());
+                    if copy.source > 0 {
+                        std::ptr::copy_nonoverlapping(copy.from, to, copy.source.into());
                     }
                 }
             }
             if let Some(shadow) = &mut cta.shadow {
-                shadow.set_pending(copy.shared, copy.size, false);
-                shadow.arrived(copy.shared, copy.size, self.warp.column, copy.lane, serial);
+                shadow.set_pending(copy.shared, copy.size.into(), false);
+                shadow.arrived(copy.shared, copy.size.into(), self.warp.column, copy.lane, serial);
             }
         }
         for group in &mut self.warp.copies.groups {

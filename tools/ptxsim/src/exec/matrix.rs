@@ -3,8 +3,9 @@
 //! In a fragment of 16-bit elements, lane `4 g + t` holds elements `2 t` and `2 t + 1` of row `g`: a row of eight
 //! elements is four neighbouring lanes, contiguous in a register row.
 
+use super::access::Kind;
 use super::lane::{LANES, Row};
-use super::memory::{Kind, narrow_addresses};
+use super::memory::narrow_addresses;
 use super::{Flow, Inst, Instruction, Machine};
 use crate::math::{bf16_to_f32, f16_to_f32, f32_to_f16};
 use std::marker::PhantomData;
@@ -63,24 +64,24 @@ impl Instruction for LoadMatrix {
         }
         let addresses = narrow_addresses(x, i);
         for n in 0..usize::from(i.count) {
-            let mut tile: Tile = [[0; 8]; 8];
             let rows = x.matrix_rows(&addresses, n, Kind::Read);
-            for (row, from) in tile.iter_mut().zip(rows) {
-                if let Some(from) = from {
-                    // SAFETY: 16 bytes were admitted.
-                    *row = unsafe { from.cast::<[u16; 8]>().read_unaligned() };
-                }
-            }
             let destination = x.listed(i, n);
             let out = x.warp.registers.words_mut::<u32>(destination);
-            for l in 0..LANES {
-                let (g, t) = (l / 4, l % 4);
-                let (low, high) = if i.mode == 1 {
-                    (tile[2 * t][g], tile[2 * t + 1][g])
-                } else {
-                    (tile[g][2 * t], tile[g][2 * t + 1])
-                };
-                out[l] = u32::from(low) | u32::from(high) << 16;
+            // SAFETY: 16 bytes of each row were admitted.
+            let row = |g: usize| rows[g].map_or([0; 4], |p| unsafe { p.cast::<[u32; 4]>().read_unaligned() });
+            let (quads, _) = out.as_chunks_mut::<4>();
+            if i.mode == 0 {
+                for (g, quad) in quads.iter_mut().enumerate() {
+                    *quad = row(g);
+                }
+            } else {
+                let tile: [[u32; 4]; 8] = [0, 1, 2, 3, 4, 5, 6, 7].map(row);
+                for (g, quad) in quads.iter_mut().enumerate() {
+                    let half = |r: usize| tile[r][g / 2] >> (16 * (g % 2)) & 0xffff;
+                    for (t, word) in quad.iter_mut().enumerate() {
+                        *word = half(2 * t) | half(2 * t + 1) << 16;
+                    }
+                }
             }
         }
         Flow::Next
@@ -147,20 +148,22 @@ pub(crate) fn tf32(word: u32) -> f32 {
     f32::from_bits(word & 0xffff_e000)
 }
 
-/// `c += a b`, by rising `k`, each step fused.
+/// `c += a b`, column by column of `a`, each step fused.
 #[inline(always)]
 pub(crate) fn multiply_add<const K: usize>(a: &[[f32; K]; 16], b: &[[f32; 8]; K], c: &mut [[f32; 8]; 16]) {
-    for r in (0..16).step_by(4) {
-        let mut sums = [c[r], c[r + 1], c[r + 2], c[r + 3]];
+    // Eight rows at a time keep enough sums in flight to hide the latency of the multiply-add.
+    for r in [0, 8] {
+        let mut sums = [[0.0; 8]; 8];
+        sums.copy_from_slice(&c[r..r + 8]);
         for k in 0..K {
-            for q in 0..4 {
+            for q in 0..8 {
                 let left = a[r + q][k];
                 for n in 0..8 {
                     sums[q][n] = left.mul_add(b[k][n], sums[q][n]);
                 }
             }
         }
-        c[r..r + 4].copy_from_slice(&sums);
+        c[r..r + 8].copy_from_slice(&sums);
     }
 }
 
@@ -179,6 +182,16 @@ fn unpack<H: Half>(quad: &[u32; 4], out: &mut [f32]) {
     for t in 0..4 {
         out[2 * t] = H::to_f32(quad[t] as u16);
         out[2 * t + 1] = H::to_f32((quad[t] >> 16) as u16);
+    }
+}
+
+/// Eight elements, those with even index first: a sum over k may go in any fixed order, and this one needs no
+/// interleaving.
+#[inline(always)]
+fn unpack_even_odd<H: Half>(quad: &[u32; 4], out: &mut [f32]) {
+    for t in 0..4 {
+        out[t] = H::to_f32(quad[t] as u16);
+        out[t + 4] = H::to_f32((quad[t] >> 16) as u16);
     }
 }
 
@@ -246,7 +259,7 @@ impl<H: Half, const K: usize> Instruction for Mma<H, K> {
         for n in 0..a_rows {
             let words = quads(x.warp.registers.words::<u32>(x.listed(i, sums + n)));
             for g in 0..8 {
-                unpack::<H>(&words[g], &mut a[g + n % 2 * 8][n / 2 * 8..][..8]);
+                unpack_even_odd::<H>(&words[g], &mut a[g + n % 2 * 8][n / 2 * 8..][..8]);
             }
         }
         let mut b = [[0.0; 8]; K];
@@ -254,8 +267,8 @@ impl<H: Half, const K: usize> Instruction for Mma<H, K> {
             let words = quads(x.warp.registers.words::<u32>(x.listed(i, sums + a_rows + n)));
             for t in 0..4 {
                 for g in 0..8 {
-                    b[n * 8 + 2 * t][g] = H::to_f32(words[g][t] as u16);
-                    b[n * 8 + 2 * t + 1][g] = H::to_f32((words[g][t] >> 16) as u16);
+                    b[n * 8 + t][g] = H::to_f32(words[g][t] as u16);
+                    b[n * 8 + t + 4][g] = H::to_f32((words[g][t] >> 16) as u16);
                 }
             }
         }
@@ -293,6 +306,12 @@ impl<const K: usize> Instruction for MmaTf32<K> {
     }
 }
 
+/// Four rows of the list, from `first`.
+#[inline(always)]
+pub(crate) fn four_rows(x: &Machine<'_>, i: &Inst, first: usize) -> [u32; 4] {
+    [x.listed(i, first), x.listed(i, first + 1), x.listed(i, first + 2), x.listed(i, first + 3)]
+}
+
 /// `d = a b + c`, with the rows of `c` in the list from `first` and those of `d` at its start.
 #[inline(always)]
 fn accumulate<const K: usize>(
@@ -308,9 +327,9 @@ fn accumulate<const K: usize>(
         let rows = [x.listed(i, 0), x.listed(i, 1)];
         write_half_accumulators(x, rows, &c);
     } else {
-        let mut c = read_accumulators(x, [0, 1, 2, 3].map(|n| x.listed(i, first + n)));
+        let mut c = read_accumulators(x, four_rows(x, i, first));
         multiply_add(a, b, &mut c);
-        let rows = [0, 1, 2, 3].map(|n| x.listed(i, n));
+        let rows = four_rows(x, i, 0);
         write_accumulators(x, rows, &c);
     }
 }

@@ -1,7 +1,7 @@
 //! Transaction barriers in shared memory.
 
+use super::access::shared_place;
 use super::lane::lanes;
-use super::memory::shared_place;
 use super::warp::Knowledge;
 use super::{Flow, Inst, Instruction, Machine};
 use crate::finding::FindingKind;
@@ -18,6 +18,17 @@ pub(crate) struct Mbarrier {
     phase: u64,
     /// What those know that a wait lets through.
     knows: Knowledge,
+    /// Column and serial of its initialisation.
+    born: (u16, u32),
+    /// Whether a `fence.mbarrier_init` followed.
+    announced: bool,
+}
+
+/// Whether the asynchronous proxy sees the mbarrier at a local address of a block when a warp sends it there.
+pub(crate) fn is_fenced(cta: &super::team::Cta, address: u32, warp: &super::warp::Warp) -> bool {
+    cta.mbarriers
+        .get(&address)
+        .is_none_or(|b| b.announced || b.born.1 <= warp.knows.fenced[b.born.0 as usize])
 }
 
 /// Largest count of arrivals, and of bytes under way.
@@ -103,10 +114,19 @@ impl Instruction for Init {
                 x.report(FindingKind::Mbarrier, l, shared_place(address), why);
             }
             if x.run.shadowed {
-                x.shadow_access(rank, address, 8, l, super::memory::Kind::Write);
+                x.shadow_access(rank, address, 8, l, super::access::Kind::Write);
             }
             let knows = Knowledge::new(x.warp.knows.clock.len(), 0);
-            let barrier = Mbarrier { expected: count, pending: count, bytes: 0, phase: 0, knows };
+            let born = (x.warp.column, x.warp.serial);
+            let barrier = Mbarrier {
+                expected: count,
+                pending: count,
+                bytes: 0,
+                phase: 0,
+                knows,
+                born,
+                announced: false,
+            };
             let cta = x.cta();
             cta.mbarriers.insert(address, barrier);
             if let Some(shadow) = &mut cta.shadow {
@@ -118,6 +138,19 @@ impl Instruction for Init {
     }
 }
 
+/// `fence.mbarrier_init`: the mbarriers that this warp initialised become visible to the asynchronous proxy.
+pub(crate) struct Announce;
+
+impl Instruction for Announce {
+    unsafe fn execute(x: &mut Machine<'_>, _: &Inst) -> Flow {
+        let column = x.warp.column;
+        for barrier in x.cta().mbarriers.values_mut().filter(|b| b.born.0 == column) {
+            barrier.announced = true;
+        }
+        Flow::Next
+    }
+}
+
 /// `mbarrier.inval`: address `a + imm`.
 pub(crate) struct Invalidate;
 
@@ -125,11 +158,12 @@ impl Instruction for Invalidate {
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let addresses = super::memory::narrow_addresses(x, i);
         for l in lanes(x.active) {
+            let (rank, local) = x.shared_target(addresses[l]);
             if x.with_mbarrier(addresses[l], l, |_, _| ()).is_some() {
-                let cta = x.cta();
-                cta.mbarriers.remove(&addresses[l]);
+                let cta = &mut x.ctas[rank];
+                cta.mbarriers.remove(&local);
                 if let Some(shadow) = &mut cta.shadow {
-                    shadow.set_mbarrier(addresses[l], false);
+                    shadow.set_mbarrier(local, false);
                 }
             }
         }

@@ -5,8 +5,10 @@
 //!
 //! Reading order: [`lane`] (registers), [`warp`] (control flow), [`team`] (blocks and their schedule), then the
 //! instructions by topic.
+#![allow(clippy::needless_range_loop)] // lanes are indices into several rows at once
 #![allow(unsafe_code)] // register rows and simulated memory are reached through checked-once indices and pointers
 
+pub(crate) mod access;
 pub(crate) mod arithmetic;
 pub(crate) mod atomic;
 pub(crate) mod barrier;
@@ -85,20 +87,25 @@ pub(crate) trait Instruction {
 /// The function to run for `I` on this host.
 pub(crate) fn handler<I: Instruction>() -> Handler {
     #[cfg(target_arch = "x86_64")]
-    if host_has_avx2() {
+    if vector_host() {
         return with_avx2::<I>;
     }
     baseline::<I>
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn host_has_avx2() -> bool {
-    is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("bmi1")
-        && is_x86_feature_detected!("bmi2")
-        && is_x86_feature_detected!("popcnt")
-        && is_x86_feature_detected!("lzcnt")
+/// Whether the host has the vector features that instructions are compiled for besides the baseline.
+pub(crate) fn vector_host() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt")
+            && is_x86_feature_detected!("lzcnt")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -231,6 +231,22 @@ pub(crate) enum Turn {
 
 /// Runs a ready warp for at most `quantum` instructions. Returns how the turn ended and how many were executed.
 pub(crate) fn run_warp(x: &mut Machine<'_>, quantum: u32) -> (Turn, u32) {
+    #[cfg(target_arch = "x86_64")]
+    if x.run.vector_host {
+        // SAFETY: the host has these features.
+        return unsafe { run_with_avx2(x, quantum) };
+    }
+    run_instructions(x, quantum)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,bmi1,bmi2,popcnt,lzcnt")]
+unsafe fn run_with_avx2(x: &mut Machine<'_>, quantum: u32) -> (Turn, u32) {
+    run_instructions(x, quantum)
+}
+
+#[inline(always)]
+fn run_instructions(x: &mut Machine<'_>, quantum: u32) -> (Turn, u32) {
     let code = &x.run.kernel.code[..];
     let mut executed = 0;
     let turn = loop {

@@ -3,8 +3,10 @@
 //! The product is computed when it is issued. Its reads of shared memory belong to an agent of the warpgroup, and
 //! its registers are watched, until a `wait_group` that all four warps have reached.
 
-use super::matrix::{BFloat, Float16, Half, multiply_add, read_accumulators, tf32, write_accumulators};
-use super::memory::{Kind, agent, shared_place};
+use super::access::{Kind, agent, shared_place};
+use super::matrix::{
+    BFloat, Float16, Half, four_rows, multiply_add, read_accumulators, tf32, write_accumulators,
+};
 use super::team::{BARRIERS, Columns};
 use super::warp::{Warp, uniform};
 use super::{Flow, Inst, Instruction, Machine};
@@ -248,7 +250,7 @@ impl<E: Element, const K: usize> Instruction for Wgmma<E, K> {
         let b = Descriptor::decode(uniform(x, i.b));
         for n in 0..columns {
             let right = shared_b::<E, K>(x, b, n as u32 * 8, i.mode & B_TRANSPOSED == 0);
-            let sums = [0, 1, 2, 3].map(|r| x.listed(i, n * 4 + r));
+            let sums = four_rows(x, i, n * 4);
             let mut c = if keep { read_accumulators(x, sums) } else { [[0.0; 8]; 16] };
             multiply_add(&a, &right, &mut c);
             write_accumulators(x, sums, &c);

@@ -67,7 +67,9 @@ impl<'a> Parser<'a> {
     }
 
     fn expect(&mut self, mark: char) -> Parsed<()> {
-        if self.eat(mark) { Ok(()) } else { at(self.line(), format!("expected `{mark}`")) }
+        // What is missing belongs behind the last token, not in front of the next.
+        let line = self.tokens.get(self.next.saturating_sub(1)).map_or(1, |t| t.1);
+        if self.eat(mark) { Ok(()) } else { at(line, format!("expected `{mark}`")) }
     }
 
     fn word(&mut self) -> Parsed<&'a str> {
@@ -229,11 +231,15 @@ impl<'a> Parser<'a> {
             if self.eat(']') {
                 count = 0;
             } else {
-                count *= self.unsigned()?;
+                let Some(product) = self.unsigned()?.checked_mul(count) else {
+                    return at(line, "variable too large");
+                };
+                count = product;
                 self.expect(']')?;
             }
         }
-        let Some(size) = element.checked_mul(count) else { return at(line, "variable too large") };
+        let size = element.checked_mul(count).filter(|s| *s < 1 << 24);
+        let Some(size) = size else { return at(line, "variable too large") };
         let mut init = Vec::new();
         if self.eat('=') {
             self.initialiser(element, &mut init)?;

@@ -8,6 +8,7 @@ use crate::{
     failure::{Failure, Outcome},
 };
 use clap::Args;
+use serde_json::json;
 use std::{collections::HashSet, time::Duration};
 use transfusion_core::{
     Error,
@@ -32,6 +33,10 @@ pub(crate) struct Bench {
     /// Skip the check.
     #[arg(long)]
     unchecked: bool,
+    /// Print a line of JSON for each application: {"case", "op", "operands", "ms", "tflops",
+    /// "gbs"}; on a GPU only.
+    #[arg(long)]
+    json: bool,
 }
 
 impl Bench {
@@ -75,13 +80,15 @@ impl Bench {
     }
 
     fn time(&self, gpu: &mut dyn Device) -> Outcome {
-        console::print(format!("{:>9} {:>9} {:>9}  application", "ms", "TFLOP/s", "GB/s"))?;
+        if !self.json {
+            console::print(format!("{:>9} {:>9} {:>9}  application", "ms", "TFLOP/s", "GB/s"))?;
+        }
         let mut seen = HashSet::new();
         for case in self.bench.cases(cases::speed())? {
             for float in self.bench.floats() {
                 for a in agreement::applications(&case, float, gpu)? {
-                    if seen.insert(a.to_string()) {
-                        self.time_one(&a, gpu)?;
+                    if seen.insert(format!("{} {a}", case.name)) {
+                        self.time_one(&case.name, &a, gpu)?;
                     }
                 }
             }
@@ -89,7 +96,7 @@ impl Bench {
         Ok(())
     }
 
-    fn time_one(&self, a: &Application, gpu: &mut dyn Device) -> Outcome {
+    fn time_one(&self, case: &str, a: &Application, gpu: &mut dyn Device) -> Outcome {
         let id = match a.open(gpu) {
             Err(Error::NoKernel { .. }) => return Ok(()),
             other => other?,
@@ -106,6 +113,14 @@ impl Bench {
         times.sort();
         let (seconds, cost) = (times[times.len() / 2].as_secs_f64(), a.cost());
         let (flops, bytes) = (cost.flops as f64 / seconds / 1e12, cost.bytes as f64 / seconds / 1e9);
-        console::print(format!("{:9.4} {flops:9.1} {bytes:9.0}  {a}", seconds * 1e3))
+        let ms = seconds * 1e3;
+        if self.json {
+            let operands: Vec<String> = a.specs.iter().map(|s| format!("{s:?}")).collect();
+            let line = json!({
+                "case": case, "op": a.op.name(), "operands": operands, "ms": ms, "tflops": flops, "gbs": bytes,
+            });
+            return console::print(line);
+        }
+        console::print(format!("{ms:9.4} {flops:9.1} {bytes:9.0}  {a}  ({case})"))
     }
 }

@@ -108,11 +108,12 @@ impl Tally {
                 none => none.insert(a.expected()?),
             };
             for worst in expected.compare(&have) {
-                if !worst.holds() {
-                    self.failures.push(format!("{case}: {a}: {worst}"));
-                }
                 if self.worst.as_ref().is_none_or(|(w, _)| worst.ratio > w.ratio) {
                     self.worst = Some((worst, case.into()));
+                }
+                if !worst.holds() {
+                    self.failures.push(format!("{case}: {a}: {worst}"));
+                    return Ok(());
                 }
             }
         }

@@ -1,7 +1,11 @@
 //! What kernels are tried on, and kernels that stand in for the shipped ones.
 use crate::failure::{Failure, Outcome};
 use clap::{Args, ValueEnum};
-use std::{ffi::OsString, path::PathBuf, str::FromStr};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 use transfusion_core::{
     cases::{self, Case},
     device::{CudaDevice, CudaOptions, Device},
@@ -24,6 +28,9 @@ pub(crate) struct Workbench {
     /// The machine that launches are made for in the simulator.
     #[arg(long, value_enum, default_value_t = Model::A100)]
     target: Model,
+    /// Its multiprocessors, in place of its own number: fewer make other tiles and other splits.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    sms: Option<u16>,
     /// Compile this file with NVRTC and use its entries in place of the shipped ones of the same names.
     /// May be repeated.
     #[arg(long, value_name = "FILE")]
@@ -114,10 +121,11 @@ impl Workbench {
     }
 
     fn simulator(&self, schedule: Schedule) -> Outcome<SimDevice> {
-        let target = match self.target {
+        let mut target = match self.target {
             Model::A100 => Target::A100,
             Model::H200 => Target::H200,
         };
+        target.sms = self.sms.map_or(target.sms, u32::from);
         let kernels = self.compiled(target.arch)?;
         let simulation = Options { schedule, ..Options::default() };
         Ok(SimDevice::new(SimOptions { target, simulation, kernels })?)
@@ -134,7 +142,7 @@ impl Workbench {
         self.cu.iter().map(|path| self.compile(&nvrtc, path, arch)).collect()
     }
 
-    fn compile(&self, nvrtc: &Nvrtc, path: &PathBuf, arch: &'static str) -> Outcome<Module> {
+    fn compile(&self, nvrtc: &Nvrtc, path: &Path, arch: &'static str) -> Outcome<Module> {
         let stem = path.file_stem().map_or("kernel".into(), |s| s.to_string_lossy());
         let mut include = self.include.clone();
         include.extend(path.parent().map(PathBuf::from));

@@ -1,0 +1,155 @@
+//! `transfusion kernels` as an experimenter runs it. Needs no GPU.
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+const SCALE: &str = "
+.version 7.0
+.target sm_80
+.address_size 64
+.visible .entry scale(.param .u64 y, .param .u64 x, .param .f32 a, .param .u32 n) {
+    .reg .pred %p<2>;
+    .reg .b32 %r<6>;
+    .reg .f32 %f<4>;
+    .reg .b64 %rd<8>;
+    ld.param.u64 %rd1, [y];
+    ld.param.u64 %rd2, [x];
+    ld.param.f32 %f1, [a];
+    ld.param.u32 %r1, [n];
+    mov.u32 %r2, %ctaid.x;
+    mov.u32 %r3, %ntid.x;
+    mov.u32 %r4, %tid.x;
+    mad.lo.s32 %r5, %r2, %r3, %r4;
+    setp.ge.u32 %p1, %r5, %r1;
+    @%p1 bra DONE;
+    cvta.to.global.u64 %rd3, %rd1;
+    cvta.to.global.u64 %rd4, %rd2;
+    mul.wide.u32 %rd5, %r5, 4;
+    add.s64 %rd6, %rd4, %rd5;
+    add.s64 %rd7, %rd3, %rd5;
+    ld.global.f32 %f2, [%rd6];
+    mul.f32 %f3, %f2, %f1;
+    st.global.f32 [%rd7], %f3;
+DONE:
+    ret;
+}
+";
+
+/// A folder of its own with the kernel and 1000 numbers.
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels").join(name);
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("scale.ptx"), SCALE).unwrap();
+    let x: Vec<u8> = (0..1000).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    fs::write(folder.join("x.bin"), x).unwrap();
+    folder
+}
+
+fn run(folder: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_transfusion"));
+    let out = command.arg("kernels").args(args).current_dir(folder).stdin(Stdio::null()).output().unwrap();
+    assert!(!text(&out.stderr).contains("panicked"), "{args:?}: {}", text(&out.stderr));
+    out
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Ends with `code`, and stderr holds every one of `words`.
+fn fail(folder: &Path, args: &[&str], code: i32, words: &[&str]) {
+    let out = run(folder, args);
+    let stderr = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{args:?}: no {word:?} in {stderr}");
+    }
+}
+
+const LAUNCH: [&str; 7] = ["sim", "scale.ptx", "scale", "--grid", "4", "--block", "256"];
+
+#[test]
+fn a_kernel_runs_on_arrays_of_files() {
+    let folder = folder("runs");
+    let args = [&LAUNCH[..], &["out:y.bin:4000", "in:x.bin", "f32:2", "u32:1000"]].concat();
+    let out = run(&folder, &args);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(text(&out.stdout).contains("global bytes requested"), "{}", text(&out.stdout));
+    let y = fs::read(folder.join("y.bin")).unwrap();
+    let y: Vec<f32> = y.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert!(y.iter().enumerate().all(|(i, y)| *y == 2.0 * i as f32));
+    // What is there is not overwritten.
+    fs::write(folder.join("y.bin"), "mine").unwrap();
+    fail(&folder, &args, 1, &["y.bin: the file exists and is not overwritten", "hint: "]);
+    assert_eq!(fs::read(folder.join("y.bin")).unwrap(), b"mine");
+}
+
+#[test]
+fn faults_are_named_by_line_and_operand() {
+    let folder = folder("faults");
+    let args = [&LAUNCH[..], &["--quiet", "out:y.bin:4000", "in:x.bin", "f32:2", "u32:1001"]].concat();
+    let said =
+        ["scale.ptx:25: out of bounds", "`argument 1` byte 4000", "scale.ptx:27: out of bounds", "2 faults"];
+    fail(&folder, &args, 1, &said);
+}
+
+#[test]
+fn nonsense_is_refused_in_words() {
+    let folder = folder("nonsense");
+    let cases: [(&[&str], i32, &[&str]); 8] = [
+        (&["sim", "scale.ptx", "scal"], 1, &["no kernel `scal`; the module has scale"]),
+        (&["sim", "scale.ptx", "scale", "in:x.bin"], 1, &["takes 4 arguments, 1 given"]),
+        (&["sim", "scale.ptx", "scale", "foo:3"], 2, &["`foo:3` is no argument"]),
+        (&["sim", "scale.ptx", "scale", "out:y.bin"], 2, &["out:FILE:BYTES"]),
+        (&["sim", "x.bin", "scale"], 1, &["x.bin: "]),
+        (&["sim", "none.ptx", "scale"], 1, &["none.ptx: "]),
+        (&["check", "rmsnor"], 2, &["there is no op rmsnor", "rmsnorm"]),
+        (&["check", "rmsnorm", "--device", "gpu"], 2, &["sim, cuda or cuda:N"]),
+    ];
+    for (args, code, words) in cases {
+        fail(&folder, args, code, words);
+    }
+    fs::write(folder.join("bad.ptx"), SCALE.replace("mul.f32", "mulx.f32")).unwrap();
+    fail(&folder, &["sim", "bad.ptx", "scale"], 1, &["bad.ptx:26: unsupported instruction `mulx.f32`"]);
+}
+
+#[test]
+fn shipped_kernels_are_listed_and_agree() {
+    let folder = folder("shipped");
+    let out = run(&folder, &["list", "--json"]);
+    let list: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let named = |name: &str| list.as_array().unwrap().iter().any(|k| k["entry"] == name);
+    assert!(named("rmsnorm_fwd_narrow_bf16") && named("linear_fwd_64x64_bf16"));
+    let out = run(&folder, &["check", "rmsnorm"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(text(&out.stdout).contains("rmsnorm_bwd"), "{}", text(&out.stdout));
+}
+
+/// A changed kernel takes the place of the shipped one; a wrong one is refused before it is timed.
+#[test]
+fn a_changed_kernel_is_tried_in_place_of_the_shipped_one() {
+    let folder = folder("changed");
+    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels-cu").canonicalize().unwrap();
+    let include = tree.to_str().unwrap();
+    let source = fs::read_to_string(tree.join("rmsnorm.cu")).unwrap();
+    let try_out = |name: &str, from: &str, to: &str| {
+        assert!(source.contains(from), "{from}");
+        fs::write(folder.join(name), source.replace(from, to)).unwrap();
+        run(&folder, &["bench", "rmsnorm", "--float", "f32", "--cu", name, "-I", include])
+    };
+    let out = try_out("same.cu", "float rstd = 1.0f", "float rstd = 1.00f");
+    if text(&out.stderr).contains("NVRTC") && std::env::var_os("REQUIRE_NVRTC").is_none() {
+        eprintln!("left out: there is no NVRTC");
+        return;
+    }
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(text(&out.stdout).contains("rmsnorm_fwd_narrow_f32"), "{}", text(&out.stdout));
+    let out = try_out("wrong.cu", "float rstd = 1.0f", "float rstd = 1.01f");
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("a kernel is wrong and is not timed"), "{}", text(&out.stderr));
+    let out = try_out("broken.cu", "float rstd = 1.0f", "float rstd = one");
+    assert!(text(&out.stderr).contains("\"one\" is undefined"), "{}", text(&out.stderr));
+}

@@ -1,0 +1,382 @@
+//! Checks of accesses: bounds, alignment, rights, initialisation, races; and the counts of their traffic.
+
+use super::Machine;
+use super::lane::{LANES, Row, lanes};
+use super::shadow::{Agent, Faults};
+use super::warp::Warp;
+use crate::finding::{FindingKind, Place};
+use crate::run::SHARED_BASE;
+
+/// What an access does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    /// Reads and writes in one step.
+    Atomic,
+}
+
+/// Where the bytes of each lane lie; only lanes of the mask that came with it have a pointer.
+pub(crate) type Pointers = [*mut u8; LANES];
+
+/// No lane has any.
+pub(crate) const NO_POINTERS: Pointers = [std::ptr::null_mut(); LANES];
+
+/// Bits that tell the block of a cluster from an address of shared memory: its rank plus one, or zero for the own.
+const RANK_SHIFT: u32 = 24;
+
+/// The address of another block's shared memory, as `mapa` computes it.
+pub(crate) fn cluster_address(address: u32, rank: u32) -> u32 {
+    address & ((1 << RANK_SHIFT) - 1) | (rank + 1) << RANK_SHIFT
+}
+
+/// The agent of an ordinary access by `lane` of the current instruction.
+#[inline(always)]
+pub(crate) fn agent(warp: &Warp, lane: usize, atomic: bool, pc: u32) -> Agent<'_> {
+    Agent {
+        column: warp.column,
+        lane: lane as u8,
+        serial: warp.serial,
+        clock: &warp.knows.clock,
+        fenced: &warp.knows.fenced,
+        record: (warp.column, warp.serial),
+        asynchronous: false,
+        atomic,
+        pc,
+    }
+}
+
+impl Machine<'_> {
+    /// The block and the address within it; reports a rank outside of the cluster.
+    #[inline(always)]
+    pub(crate) fn shared_target(&self, address: u32) -> (usize, u32) {
+        match address >> RANK_SHIFT {
+            0 => (self.rank, address),
+            rank => ((rank - 1) as usize, address & ((1 << RANK_SHIFT) - 1)),
+        }
+    }
+
+    /// Whether `size` bytes of shared memory may be accessed at an address; reports if not.
+    #[inline(always)]
+    pub(crate) fn shared_in_bounds(
+        &self,
+        rank: usize,
+        address: u32,
+        size: u32,
+        lane: usize,
+        write: bool,
+    ) -> bool {
+        let end = self.run.shared_end;
+        let inside = address >= SHARED_BASE && address <= end && size <= end - address;
+        if inside && address & (size.min(16) - 1) == 0 && rank < self.ctas.len() {
+            return true;
+        }
+        let verb = if write { "write" } else { "read" };
+        let (kind, why) = if inside && rank < self.ctas.len() {
+            (FindingKind::Misaligned, format!("{verb} of {size} bytes at no multiple of {size}"))
+        } else {
+            let why = format!("{verb} of {size} bytes, the block has {}", end - SHARED_BASE);
+            (FindingKind::OutOfBounds, why)
+        };
+        self.report(kind, lane, shared_place(address), why);
+        false
+    }
+
+    /// Checks and records an ordinary access to shared memory that is within bounds.
+    #[inline(always)]
+    pub(crate) fn shadow_access(&mut self, rank: usize, address: u32, size: u32, lane: usize, kind: Kind) {
+        let who = agent(self.warp, lane, kind == Kind::Atomic, self.pc);
+        let Some(shadow) = &mut self.ctas[rank].shadow else { return };
+        let faults = match kind {
+            Kind::Read => shadow.read(&who, address, size),
+            _ => shadow.write(&who, address, size),
+        };
+        if faults.any() {
+            self.report_shared(faults, rank, address, lane, kind);
+        }
+    }
+
+    /// Reports what the shadow found.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn report_shared(&self, faults: Faults, rank: usize, address: u32, lane: usize, kind: Kind) {
+        let place = || shared_place(address);
+        let verb = if kind == Kind::Read { "read" } else { "write" };
+        if faults.has(Faults::UNINITIALISED) {
+            self.report(FindingKind::Uninitialised, lane, place(), "read of bytes that nothing wrote");
+        }
+        if faults.has(Faults::IN_FLIGHT) {
+            let why = format!("{verb} of bytes that an asynchronous copy has not delivered yet");
+            self.report(FindingKind::InFlight, lane, place(), why);
+        }
+        if faults.has(Faults::MBARRIER) {
+            let why = format!("{verb} of the bytes of an mbarrier by an ordinary access");
+            self.report(FindingKind::Mbarrier, lane, place(), why);
+        }
+        if faults.has(Faults::UNFENCED) {
+            let why = "the asynchronous proxy reads what ordinary stores wrote, without `fence.proxy.async` \
+                       after them and a barrier after the fence";
+            self.report(FindingKind::Proxy, lane, place(), why);
+        }
+        if faults.has(Faults::AFTER_WRITE) {
+            let why = format!("{verb} not ordered after {}", self.last_write(rank, address));
+            self.report(FindingKind::Race, lane, place(), why);
+        }
+        if faults.has(Faults::AFTER_READ) {
+            let why = format!("{verb} not ordered after {}", self.last_read(rank, address));
+            self.report(FindingKind::Race, lane, place(), why);
+        }
+    }
+
+    /// The latest write before the current one. After a racing write its own record stands in the cell, so the
+    /// message names the line only where it is another's.
+    fn last_write(&self, rank: usize, address: u32) -> String {
+        let Some(shadow) = &self.ctas[rank].shadow else { return String::new() };
+        let cell = shadow.cell(address);
+        if cell.write_pc == self.pc {
+            return "an earlier write".to_string();
+        }
+        format!("the write at line {}", self.run.kernel.code[cell.write_pc as usize].line)
+    }
+
+    fn last_read(&self, rank: usize, address: u32) -> String {
+        let Some(shadow) = &self.ctas[rank].shadow else { return String::new() };
+        let cell = shadow.cell(address);
+        format!("the read at line {}", self.run.kernel.code[cell.read_pc as usize].line)
+    }
+
+    /// Checks an access to global memory, lane by lane. Returns the lanes that may go on.
+    #[inline(always)]
+    pub(crate) fn admit_global(
+        &mut self,
+        addresses: &Row<u64>,
+        active: u32,
+        size: u32,
+        kind: Kind,
+        pointers: &mut Pointers,
+    ) -> u32 {
+        let mut admitted = 0;
+        let write = kind != Kind::Read;
+        for l in lanes(active) {
+            let Some(bytes) = self.global_bytes(addresses[l], size.into(), size.into(), write, l) else {
+                continue;
+            };
+            if self.run.uninitialised {
+                // SAFETY: `global_bytes` admitted `size` bytes, each with its mark.
+                unsafe {
+                    if kind != Kind::Write && !all_written(bytes.written, size) {
+                        let why = "read of bytes that nothing wrote";
+                        self.report(FindingKind::Uninitialised, l, self.run.place(addresses[l]), why);
+                    }
+                }
+            }
+            if write {
+                // SAFETY: as above.
+                unsafe { std::ptr::write_bytes(bytes.written, 1, size as usize) };
+            }
+            self.check_conflict(bytes, size, kind, l, addresses[l]);
+            pointers[l] = bytes.data;
+            admitted |= 1 << l;
+        }
+        if self.run.options.traffic {
+            let sectors = count_sectors(addresses, active, size);
+            self.count_global(active, size, sectors);
+        }
+        admitted
+    }
+
+    /// The bytes of one global access, or a report.
+    #[inline(always)]
+    pub(crate) fn global_bytes(
+        &self,
+        address: u64,
+        size: u64,
+        align: u64,
+        write: bool,
+        lane: usize,
+    ) -> Option<crate::run::Bytes> {
+        let found = self.run.find(address, size, align, write);
+        if found.is_none() {
+            let (kind, why) = self.run.refusal(address, size, align, write);
+            self.report(kind, lane, self.run.place(address), why);
+        }
+        found
+    }
+
+    /// Looks for a write of another cluster to the same bytes, unless this block may have waited for it.
+    #[inline(always)]
+    pub(crate) fn check_conflict(
+        &self,
+        bytes: crate::run::Bytes,
+        size: u32,
+        kind: Kind,
+        lane: usize,
+        address: u64,
+    ) {
+        let cta = &self.ctas[self.rank];
+        let met = bytes.meets_other(size, cta.cluster, kind != Kind::Read, kind == Kind::Atomic);
+        if met && !cta.acquired {
+            let verb = if kind == Kind::Read { "read" } else { "write" };
+            let why = format!("{verb} of bytes that another block wrote in this launch");
+            self.report(FindingKind::Conflict, lane, self.run.place(address), why);
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn count_global(&mut self, active: u32, size: u32, sectors: u32) {
+        let site = &mut self.tally.sites[self.pc as usize];
+        site.bytes += u64::from(active.count_ones() * size);
+        site.sectors += u64::from(sectors);
+    }
+
+    /// Checks an access to shared memory, lane by lane. Returns the lanes that may go on.
+    #[inline(always)]
+    pub(crate) fn admit_shared(
+        &mut self,
+        addresses: &Row<u32>,
+        active: u32,
+        size: u32,
+        kind: Kind,
+        pointers: &mut Pointers,
+    ) -> u32 {
+        let mut admitted = 0;
+        let write = kind != Kind::Read;
+        for l in lanes(active) {
+            let (rank, address) = self.shared_target(addresses[l]);
+            if !self.shared_in_bounds(rank, address, size, l, write) {
+                continue;
+            }
+            if self.run.shadowed {
+                self.shadow_access(rank, address, size, l, kind);
+            }
+            pointers[l] = self.ctas[rank].shared(address);
+            admitted |= 1 << l;
+        }
+        if self.run.options.traffic {
+            let (wavefronts, ideal) = count_wavefronts(addresses, active, size);
+            self.count_shared(active.count_ones() * size, wavefronts, ideal);
+        }
+        admitted
+    }
+
+    #[inline(always)]
+    pub(crate) fn count_shared(&mut self, bytes: u32, wavefronts: u32, ideal: u32) {
+        let site = &mut self.tally.sites[self.pc as usize];
+        site.bytes += u64::from(bytes);
+        site.wavefronts += u64::from(wavefronts);
+        site.ideal += u64::from(ideal);
+    }
+
+    /// Checks an access to local memory, lane by lane.
+    pub(crate) fn admit_local(
+        &mut self,
+        addresses: &Row<u64>,
+        active: u32,
+        size: u32,
+        kind: Kind,
+        pointers: &mut Pointers,
+    ) -> u32 {
+        let bytes = u64::from(self.run.kernel.local_bytes);
+        let mut admitted = 0;
+        for l in lanes(active) {
+            let a = addresses[l];
+            if a >= bytes || u64::from(size) > bytes - a || !a.is_multiple_of(size.into()) {
+                let kind = if a < bytes && u64::from(size) <= bytes - a {
+                    FindingKind::Misaligned
+                } else {
+                    FindingKind::OutOfBounds
+                };
+                let why = format!("access of {size} bytes, the thread has {bytes}");
+                self.report(kind, l, Place::Local(a), why);
+                continue;
+            }
+            let first = l * bytes as usize + a as usize;
+            let marks = &mut self.warp.local_written[first..first + size as usize];
+            if kind == Kind::Read {
+                if !marks.iter().all(|w| *w) {
+                    let why = "read of bytes that nothing wrote";
+                    self.report(FindingKind::Uninitialised, l, Place::Local(a), why);
+                }
+            } else {
+                marks.fill(true);
+            }
+            pointers[l] = &mut self.warp.local[first];
+            admitted |= 1 << l;
+        }
+        admitted
+    }
+}
+
+/// A shared address as a byte of the block's allocation.
+pub(crate) fn shared_place(address: u32) -> Place {
+    Place::Shared(i64::from(address & ((1 << RANK_SHIFT) - 1)) - i64::from(SHARED_BASE))
+}
+
+/// Whether `size` marks are all set.
+///
+/// # Safety
+///
+/// There must be that many marks.
+#[inline(always)]
+pub(crate) unsafe fn all_written(marks: *const u8, size: u32) -> bool {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match size {
+            1 => *marks == 1,
+            2 => marks.cast::<u16>().read_unaligned() == 0x0101,
+            4 => marks.cast::<u32>().read_unaligned() == 0x0101_0101,
+            8 => marks.cast::<u64>().read_unaligned() == 0x0101_0101_0101_0101,
+            16 => marks.cast::<u128>().read_unaligned() == u128::from_le_bytes([1; 16]),
+            _ => std::slice::from_raw_parts(marks, size as usize).iter().all(|w| *w == 1),
+        }
+    }
+}
+
+/// Sectors of 32 bytes that a request touches, each pass of the warp (128 bytes at most) on its own.
+pub(crate) fn count_sectors(addresses: &Row<u64>, active: u32, size: u32) -> u32 {
+    let per_pass = (128 / size).min(32) as usize;
+    let mut total = 0;
+    for first in (0..LANES).step_by(per_pass) {
+        let mut seen = [u64::MAX; LANES];
+        let mut n = 0;
+        for l in first..first + per_pass {
+            let sector = addresses[l] / 32;
+            if active >> l & 1 != 0 && !seen[..n].iter().rev().any(|s| *s == sector) {
+                seen[n] = sector;
+                n += 1;
+            }
+        }
+        total += n as u32;
+    }
+    total
+}
+
+/// Passes over the 32 banks that an access takes, and the fewest that so many bytes could take.
+///
+/// Accesses of 8 bytes go by half warps, of 16 bytes by quarters. Lanes that want the same word share it.
+pub(crate) fn count_wavefronts(addresses: &Row<u32>, active: u32, size: u32) -> (u32, u32) {
+    let per_pass = (128 / size).min(32) as usize;
+    let (mut wavefronts, mut ideal) = (0, 0);
+    for first in (0..LANES).step_by(per_pass) {
+        if active >> first & (((1u64 << per_pass) - 1) as u32) == 0 {
+            continue;
+        }
+        let mut words = [[0u32; LANES]; 32];
+        let mut depth = [0usize; 32];
+        for l in first..first + per_pass {
+            if active >> l & 1 == 0 {
+                continue;
+            }
+            for word in addresses[l] / 4..=(addresses[l].wrapping_add(size - 1)) / 4 {
+                let bank = word as usize % 32;
+                if !words[bank][..depth[bank]].contains(&word) && depth[bank] < LANES {
+                    words[bank][depth[bank]] = word;
+                    depth[bank] += 1;
+                }
+            }
+        }
+        wavefronts += depth.iter().copied().max().unwrap_or(0) as u32;
+        ideal += 1;
+    }
+    (wavefronts, ideal)
+}
