@@ -5,6 +5,8 @@
 //! zero, and a zero scale leaves weights, moments and means as they are.
 use super::prelude::*;
 
+mod kernels;
+
 /// What stays the same from step to step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -110,6 +112,10 @@ impl Op for SumSquares {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::sum_squares(ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 2 * ins[1].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -140,6 +146,10 @@ impl Op for Clip {
                 false => T::ZERO,
             };
         });
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], _: &Target) -> Result<Kernels, String> {
+        kernels::clip(ins, self.max_norm)
     }
 }
 
@@ -183,8 +193,14 @@ impl Op for AdamWStep {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::adamw(&self.hyper, ins, outs, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        let moved = traffic(&ins[..outs.len()], outs);
+        // With a master copy the weight is only written.
+        let read = &ins[usize::from(self.master)..outs.len()];
+        let moved = traffic(read, outs);
         Cost { flops: 14 * outs[0].shape.numel() as u64, bytes: moved }
     }
 
@@ -259,6 +275,10 @@ impl Op for Ema {
                 }
             }));
         });
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::ema(ins, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {

@@ -24,6 +24,10 @@ impl Graph {
     }
 }
 
+/// Threads of a block, a warp for each row, and blocks that an SM holds.
+const THREADS: u32 = 256;
+const BLOCKS: u32 = 4;
+
 impl Op for CacheAppend {
     fn name(&self) -> &'static str {
         "cache_append"
@@ -51,6 +55,22 @@ impl Op for CacheAppend {
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         real!(outs[0], T => self.run::<T>(ins, &mut outs[0]));
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (&[slots, capacity, width], &[b, t, columns]) = (ins[0].shape.dims(), ins[1].shape.dims()) else {
+            return Err("the operands are no cache and no rows".into());
+        };
+        if !matches!(ins[0].dtype, DType::Bf16 | DType::F32) {
+            return Err(format!("no kernel writes {:?}; use bf16 or f32, or the CPU device", ins[0]));
+        }
+        let mut args = vec![Arg::output(0), Arg::input(1), Arg::input(2), Arg::input(3)];
+        for n in [b, t, slots, capacity, width, columns, self.columns_at] {
+            args.push(Arg::size(n)?);
+        }
+        let entry = format!("cache_append_rows_{}", ins[0].dtype.name());
+        let grid = [size(b * t)?.div_ceil(THREADS / 32).min(on.sms * BLOCKS), 1, 1];
+        Ok(Kernels { scratch: vec![], launches: vec![Launch::kernel(entry, grid, THREADS, 0, args)] })
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {

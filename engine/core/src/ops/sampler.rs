@@ -65,6 +65,13 @@ impl Graph {
     }
 }
 
+/// Threads of a block, elements that a thread takes at once, and blocks that an SM holds.
+const THREADS: u32 = 256;
+const SPAN: u32 = 4;
+const BLOCKS: u32 = 4;
+/// The second extent of a grid.
+const MOST_IMAGES: u32 = 65_535;
+
 impl Op for SamplerUpdate {
     fn name(&self) -> &'static str {
         "sampler_update"
@@ -117,6 +124,25 @@ impl Op for SamplerUpdate {
                 }
             }));
         });
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        if let Some(s) = ins[..4].iter().find(|s| s.dtype != DType::F32) {
+            return Err(format!("pictures are sampled in f32, not {s:?}; cast it"));
+        }
+        let images = ins[5].shape.rows();
+        let numel = ins[0].shape.numel() / images.max(1);
+        let guided = ins[2].shape.numel() > ins[0].shape.numel();
+        let [images, numel] = [size(images)?, size(numel)?];
+        if images > MOST_IMAGES {
+            return Err(format!("{images} images are more than the kernel's {MOST_IMAGES}; sample fewer at once"));
+        }
+        let share = (on.sms * BLOCKS).div_ceil(images.max(1));
+        let args = (0..2).map(Arg::output).chain((2..6).map(Arg::input));
+        let args = args.chain([images, numel, guided.into()].map(Arg::U32)).collect();
+        let grid = [numel.div_ceil(THREADS * SPAN).min(share), images, 1];
+        let launch = Launch::kernel("sampler_update_f32", grid, THREADS, 0, args);
+        Ok(Kernels { scratch: vec![], launches: vec![launch] })
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
