@@ -4,11 +4,11 @@
 // schedule holds lr, c1 and c2, in which b1^t and b2^t are. A scale of zero means a gradient that is not finite:
 // then only the gradient is written.
 //
-// entry                   grid                block  shared  arguments                                                          bytes  flops
-// adamw_step_bf16         min(N/1024,4*sms)   256    0       param m v grad | schedule scale | N | beta1 beta2 eps decay         28N    14N
-// adamw_step_f32          min(N/1024,4*sms)   256    0       param m v grad | schedule scale | N | beta1 beta2 eps decay         32N    14N
-// adamw_step_master_bf16  min(N/1024,4*sms)   256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  34N    14N
-// adamw_step_master_f32   min(N/1024,4*sms)   256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  36N    14N
+// entry                   grid               block  shared  arguments                                                           bytes  flops
+// adamw_step_bf16         min(N/1024,4*sms)  256    0       param m v grad | schedule scale | N | beta1 beta2 eps decay         28N    14N
+// adamw_step_f32          min(N/1024,4*sms)  256    0       param m v grad | schedule scale | N | beta1 beta2 eps decay         32N    14N
+// adamw_step_master_bf16  min(N/1024,4*sms)  256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  34N    14N
+// adamw_step_master_f32   min(N/1024,4*sms)  256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  36N    14N
 //
 // Needs   tensors 16-byte aligned; any N. With a master copy param is only written.
 // Rounds  moments and weight once, on store; f32.

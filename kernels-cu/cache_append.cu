@@ -3,7 +3,7 @@
 // A slot outside 0..S or a position outside 0..P is unused. A warp takes a row b, t; of rows that meet in one place
 // the last one writes, so each row looks whether one behind it goes there too.
 //
-// entry                   grid           block  shared  arguments                                      bytes
+// entry                   grid             block  shared  arguments                                       bytes
 // cache_append_rows_bf16  min(BT/8,4*sms)  256    0       cache | src slots positions | B T S P W C at |  4BTW
 // cache_append_rows_f32   min(BT/8,4*sms)  256    0       cache | src slots positions | B T S P W C at |  8BTW
 //

@@ -1,7 +1,7 @@
 // The gradient's norm, and what it is multiplied by.                                  Pascanu et al. 2013
 //   norm = sqrt(sum),   scale = min(1, most / norm), or 0 where the norm is not finite
 //
-// entry          grid  block  shared  arguments                bytes  flops
+// entry          grid  block  shared  arguments                  bytes  flops
 // clip_norm_f32  1     32     0       norm scale | sum | | most  12     3
 //
 // Rounds  once, on store; f32.

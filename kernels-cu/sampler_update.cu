@@ -4,15 +4,18 @@
 // A row of steps holds kx kp a b clip guidance c0..c4 m0..m2 of an image. z is Philox noise, the same bits as on
 // the host, and is not made where c3 is zero. The predictions u without the condition are behind those with it.
 //
-// entry               grid                  block  shared  arguments                                           bytes   flops
-// sampler_update_f32  min(E/1024,4*sms/I),I  256    76      x memory | prediction steps seed keys | I E guided |  20IE    24IE
+// entry               grid                   block  shared  arguments                                             bytes  flops
+// sampler_update_f32  min(E/1024,4*sms/I),I  256    76      x memory | prediction steps seed keys | I E guided |  20IE   24IE
 //
 // Needs   tensors 16-byte aligned; any size.
-// Rounds  once, on store; f32.
+// Rounds  every product and every sum, as the host does; f32.
 #include "common/philox.cuh"
 #include "common/span.cuh"
 
 constexpr int THREADS = 256;
+
+// sum + a b, rounded twice as on the host: pictures of both are the same bits.
+INLINE float plus(float sum, float a, float b) { return __fadd_rn(sum, __fmul_rn(a, b)); }
 
 struct Step {
     static constexpr int WIDTH = 14;
@@ -20,13 +23,14 @@ struct Step {
 
     // One element, in place. What is not a number stays so.
     INLINE void apply(float& x, float& m, float with, float without, bool guided, float z) const {
-        const float p = guided ? without + guidance * (with - without) : with;
-        float x0 = kx * x + kp * p;
+        const float p = guided ? plus(without, guidance, with - without) : with;
+        float x0 = plus(__fmul_rn(kx, x), kp, p);
         x0 = clip < x0 ? clip : x0;
         x0 = -clip > x0 ? -clip : x0;
-        const float e = (x - a * x0) / b;
-        const float to = next[0] * x0 + next[1] * e + next[2] * x + next[3] * z + next[4] * m;
-        m = memory[0] * x0 + memory[1] * e + memory[2] * x;
+        const float e = plus(x, -a, x0) / b;
+        float to = plus(__fmul_rn(next[0], x0), next[1], e);
+        to = plus(plus(plus(to, next[2], x), next[3], z), next[4], m);
+        m = plus(plus(__fmul_rn(memory[0], x0), memory[1], e), memory[2], x);
         x = to;
     }
 };

@@ -2,9 +2,9 @@
 //   sum += sum_n x[n]^2
 // Each of P blocks adds its share; `add` adds the parts of all blocks, in order.
 //
-// entry                   grid               block  shared  arguments        bytes  flops
-// sum_squares_parts_bf16  min(N/2048,4*sms)  256    32      parts | x | N |  2N+4P  2N
-// sum_squares_parts_f32   min(N/1024,4*sms)  256    32      parts | x | N |  4N+4P  2N
+// entry                   grid               block  shared  arguments          bytes  flops
+// sum_squares_parts_bf16  min(N/2048,4*sms)  256    32      parts | x | N |    2N+4P  2N
+// sum_squares_parts_f32   min(N/1024,4*sms)  256    32      parts | x | N |    4N+4P  2N
 // sum_squares_add_f32     1                  256    32      sum | parts | P |  4P+8   P
 //
 // Needs   x 16-byte aligned; any N.
