@@ -176,11 +176,11 @@ mod tests {
     }
 
     fn entries(kernels: &Kernels) -> Vec<&str> {
-        let of = |l| match l {
-            &Launch::Kernel { ref entry, .. } => entry.as_str(),
+        let each = kernels.launches.iter().map(|l| match l {
+            Launch::Kernel { entry, .. } => entry.as_str(),
             other => panic!("{other:?}"),
-        };
-        kernels.launches.iter().map(of).collect()
+        });
+        each.collect()
     }
 
     #[test]
