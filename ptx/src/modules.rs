@@ -3,7 +3,19 @@ use crate::Module;
 
 #[rustfmt::skip]
 pub(crate) const MODULES: &[Module] = &[
+    Module::from_static("sm_80", "add", include_str!("../sm_80/add.ptx")),
     Module::from_static("sm_80", "attention", include_str!("../sm_80/attention.ptx")),
+    Module::from_static("sm_80", "cast", include_str!("../sm_80/cast.ptx")),
+    Module::from_static("sm_80", "fill", include_str!("../sm_80/fill.ptx")),
+    Module::from_static("sm_80", "gather_rows", include_str!("../sm_80/gather_rows.ptx")),
     Module::from_static("sm_80", "linear", include_str!("../sm_80/linear.ptx")),
+    Module::from_static("sm_80", "mse", include_str!("../sm_80/mse.ptx")),
+    Module::from_static("sm_80", "patchify", include_str!("../sm_80/patchify.ptx")),
+    Module::from_static("sm_80", "q_sample", include_str!("../sm_80/q_sample.ptx")),
+    Module::from_static("sm_80", "qk_norm", include_str!("../sm_80/qk_norm.ptx")),
     Module::from_static("sm_80", "rmsnorm", include_str!("../sm_80/rmsnorm.ptx")),
+    Module::from_static("sm_80", "rope", include_str!("../sm_80/rope.ptx")),
+    Module::from_static("sm_80", "scatter_rows", include_str!("../sm_80/scatter_rows.ptx")),
+    Module::from_static("sm_80", "swiglu", include_str!("../sm_80/swiglu.ptx")),
+    Module::from_static("sm_80", "time_embedding", include_str!("../sm_80/time_embedding.ptx")),
 ];
