@@ -21,7 +21,7 @@
 // Needs   C % 8 == 0, rows 16-byte aligned; C <= 1024 (narrow bf16), 512 (narrow f32), 8192 (wide bf16),
 //         4096 (wide f32).
 // Rounds  once, on store; sums in f32, fixed order (deterministic).
-#include "common/pack.cuh"
+#include "common/parts.cuh"
 #include "common/reduce.cuh"
 
 constexpr int THREADS = 256;
@@ -158,23 +158,6 @@ INLINE void backward(T* dx, float* parts, const T* x, const T* w, const float* r
     }
 }
 
-// dw[c] (+)= sum of the parts: warp k of a block adds parts k, k + 8, ..., then the warps are added in order.
-template <typename T>
-INLINE void sum_parts(T* dw, const float* parts, u32 count, u32 width, u32 accumulate) {
-    __shared__ float sums[THREADS / 32][32];
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
-    float sum = 0.0f;
-    if (c < width)
-        for (u32 p = warp; p < count; p += THREADS / 32) sum += parts[u64(p) * width + c];
-    sums[warp][lane] = sum;
-    __syncthreads();
-    if (warp != 0 || c >= width) return;
-    float total = accumulate ? to_float(dw[c]) : 0.0f;
-#pragma unroll
-    for (int k = 0; k < THREADS / 32; k++) total += sums[k][lane];
-    store_one(dw + c, total);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     rmsnorm_fwd_narrow_bf16(bf16* y, float* r, const bf16* x, const bf16* w, u32 rows, u32 width, float eps) {
     forward<bf16, Narrow<bf16>>(y, r, x, w, rows, width, eps);
@@ -217,10 +200,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     rmsnorm_bwd_sum_bf16(bf16* dw, const float* parts, u32 count, u32 width, u32 accumulate) {
-    sum_parts(dw, parts, count, width, accumulate);
+    sum_parts<THREADS>(dw, parts, count, width, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     rmsnorm_bwd_sum_f32(float* dw, const float* parts, u32 count, u32 width, u32 accumulate) {
-    sum_parts(dw, parts, count, width, accumulate);
+    sum_parts<THREADS>(dw, parts, count, width, accumulate);
 }

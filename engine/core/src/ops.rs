@@ -11,6 +11,7 @@ mod embedding;
 mod fill;
 mod heads;
 mod linear;
+mod lots;
 mod mse;
 mod patchify;
 mod q_sample;
@@ -64,7 +65,19 @@ pub const NAMES: &[&str] = &[
 
 /// Sizes of real models, for timing.
 pub(crate) fn speed_cases() -> Vec<Case> {
-    [attention::speed_cases(), linear::speed_cases(), rmsnorm::speed_cases()].into_iter().flatten().collect()
+    [
+        add::speed_cases(),
+        attention::speed_cases(),
+        embedding::speed_cases(),
+        linear::speed_cases(),
+        qk_norm::speed_cases(),
+        rmsnorm::speed_cases(),
+        rope::speed_cases(),
+        swiglu::speed_cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// The case tables of all ops.
@@ -119,7 +132,7 @@ mod prelude {
         cases::{Case, Fill},
         cpu::*,
         graph::{Graph, Node},
-        launch::{Arg, Cost, Kernels, Launch, Target, size},
+        launch::{Arg, Cost, Kernels, Launch, Operand, Target, size},
         op::{Grad, Memory, Op, traffic},
         tensor::{DType, In, Out, Shape, Spec, Tensor, View, ViewMut},
     };

@@ -1,5 +1,5 @@
 //! `y = a + scale b`, where `b` may be repeated.
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 /// How the rows of `b` meet the rows of `a`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +76,22 @@ impl Op for Add {
         real!(outs[0], T => self.run::<T>(&ins[0], &ins[1], &mut outs[0]));
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (a, b) = (ins[0], ins[1]);
+        let entry = format!("add_fwd_{}", lots::suffix(b.dtype, a.dtype)?);
+        let (count, width) = (size(outs[0].shape.numel())?, a.shape.last());
+        // Element i meets element i / outer inner + i % inner of b.
+        let (outer, inner) = match self.repeat {
+            Repeat::None => (0, 0),
+            Repeat::Each(group) => (size(group * width)?, size(width)?),
+            Repeat::Tile => (u32::MAX - 15, size(b.shape.numel())?),
+        };
+        let sizes = [count, outer, inner].map(Arg::U32);
+        let args = [Arg::output(0), Arg::input(0), Arg::input(1)].into_iter().chain(sizes);
+        let args = args.chain([Arg::F32(self.scale)]).collect();
+        Ok(lots::single(lots::over(entry, count, lots::lot(&[a.dtype, b.dtype]), on, args)))
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 2 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -137,17 +153,56 @@ impl Op for AddBwd {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let [_] = operands(ins)?;
-        Ok(vec![self.b])
+        let [dy] = operands(ins)?;
+        let dtype = if dy.dtype == DType::F64 { DType::F64 } else { self.b.dtype };
+        Ok(vec![Spec { dtype, ..self.b }])
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         real!(outs[0], T => self.run::<T>(&ins[0], &mut outs[0]));
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (dy, db) = (ins[0], outs[0]);
+        let suffix = lots::suffix(dy.dtype, db.dtype)?;
+        let (rows, width) = (db.shape.rows(), size(db.shape.last())?);
+        let (groups, met, width) = match self.repeat {
+            Repeat::None => {
+                let count = size(db.shape.numel())?;
+                let args = vec![Arg::output(0), Arg::input(0), Arg::U32(count), Arg::F32(self.scale)];
+                let (entry, lot) = (format!("add_bwd_scale_{suffix}"), lots::lot(&[dy.dtype, db.dtype]));
+                return Ok(lots::single(lots::over(entry, count, lot, on, args)));
+            }
+            Repeat::Each(group) => (size(rows)?, size(group)?, width),
+            Repeat::Tile => (1, size(dy.shape.rows() / rows.max(1))?, size(db.shape.numel())?),
+        };
+        Ok(column_sums(dy.dtype, db.dtype, [groups, met, width], self.scale, on))
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 2 * ins[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
+}
+
+/// Rows that a block sums at least, so that its part of the sum counts little beside them.
+const PART_ROWS: u32 = 128;
+/// Blocks of the pass over the rows for each SM.
+const PART_BLOCKS: u32 = 4;
+
+/// The sums of the columns of `groups` matrices of `rows` rows.
+fn column_sums(from: DType, to: DType, [groups, rows, width]: [u32; 3], scale: f32, on: &Target) -> Kernels {
+    let lot = if width.is_multiple_of(lots::lot(&[from])) { lots::lot(&[from]) } else { 1 };
+    let columns = groups * width.div_ceil(32 * lot);
+    let parts = (on.sms * PART_BLOCKS / columns.max(1)).clamp(1, rows.div_ceil(PART_ROWS).max(1));
+    let sizes = [groups, rows, width].map(Arg::U32);
+    let args = [Arg::scratch(0), Arg::input(0)].into_iter().chain(sizes).collect();
+    let (entry, shared) = (format!("add_bwd_parts_{}", from.name()), lots::THREADS * lot * 4);
+    let begin = Launch::kernel(entry, [columns, parts, 1], lots::THREADS, shared, args);
+    let all = groups * width;
+    let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(parts), Arg::U32(all), Arg::F32(scale)];
+    let entry = format!("add_bwd_sum_{}", to.name());
+    let finish = Launch::kernel(entry, [all.div_ceil(32), 1, 1], lots::THREADS, 0, args);
+    Kernels { scratch: vec![parts as usize * all as usize * 4], launches: vec![begin, finish] }
 }
 
 impl AddBwd {
@@ -166,18 +221,98 @@ impl AddBwd {
     }
 }
 
-pub(super) fn cases() -> Vec<Case> {
+/// A residual, a bias and an accumulator of the 1.4B model.
+pub(super) fn speed_cases() -> Vec<Case> {
+    let (n, c) = (16_384, 2048);
+    let residual = |g: &mut Graph, x: &[Tensor]| vec![g.add(x[0], x[1])];
+    let bias = |g: &mut Graph, x: &[Tensor]| vec![g.add_scaled(x[0], x[1], 1.0, Repeat::Tile)];
+    let sum = |g: &mut Graph, x: &[Tensor]| vec![g.add_into(x[0], x[1])];
     vec![
-        Case::new("add", "7x13", |g, x| vec![g.add(x[0], x[1])]).normal([7, 13]).normal([7, 13]),
-        Case::new("add", "scaled scalar", |g, x| vec![g.add_scaled(x[0], x[1], 5.0, Repeat::None)])
-            .normal([1])
-            .normal([1]),
-        Case::new("add", "each row for 4", |g, x| vec![g.add_scaled(x[0], x[1], 1.0, Repeat::Each(4))])
-            .normal([12, 5])
-            .normal([3, 5]),
-        Case::new("add", "tile of 4", |g, x| vec![g.add_scaled(x[0], x[1], -0.5, Repeat::Tile)])
-            .normal([12, 5])
-            .normal([4, 5]),
-        Case::new("add", "in place", |g, x| vec![g.add_into(x[0], x[1])]).normal([3, 5]).normal([3, 5]),
+        Case::new("add", "residual", residual).normal([n, c]).normal([n, c]).large(),
+        Case::new("add", "bias", bias).normal([n, c]).normal([1, c]).large(),
+        Case::new("add", "into f32", sum).single([n, c], Fill::Normal(1.0)).normal([n, c]).large(),
     ]
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let repeated = |name: &str, a: [usize; 2], b: [usize; 2], scale: f32, repeat: Repeat| {
+        Case::new("add", name, move |g, x| vec![g.add_scaled(x[0], x[1], scale, repeat)]).normal(a).normal(b)
+    };
+    let in_place = |n: usize, c: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.add_into(x[0], x[1])];
+        Case::new("add", format!("in place, {n}x{c}"), build).normal([n, c]).normal([n, c])
+    };
+    let mixed = |n: usize, c: usize, wide: bool| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.add_scaled(x[0], x[1], 0.75, Repeat::None)];
+        let case = Case::new("add", format!("{n}x{c}, wide operand {wide}"), build);
+        let one = |case: Case, wide: bool| match wide {
+            true => case.single([n, c], Fill::Normal(1.0)),
+            false => case.normal([n, c]),
+        };
+        one(one(case, wide), !wide)
+    };
+    let mut cases = vec![
+        repeated("7x13", [7, 13], [7, 13], 1.0, Repeat::None),
+        repeated("scaled scalar", [1, 1], [1, 1], 5.0, Repeat::None),
+        repeated("each row for 4", [12, 5], [3, 5], 1.0, Repeat::Each(4)),
+        repeated("tile of 4", [12, 5], [4, 5], -0.5, Repeat::Tile),
+        in_place(3, 5),
+        mixed(3, 7, true),
+        mixed(3, 7, false),
+    ];
+    // Lengths that leave a rest of every kind, that fill the grid of a machine, and that wrap it.
+    for (n, c) in [(1, 8), (5, 9), (17, 24), (31, 67), (257, 264), (1021, 512)] {
+        cases.push(repeated(&format!("{n}x{c}"), [n, c], [n, c], 1.0, Repeat::None).large());
+        cases.push(in_place(n, c).large());
+    }
+    cases.push(repeated("2207x1031", [2207, 1031], [2207, 1031], -2.0, Repeat::None).large());
+    cases.extend([(29, 40, true), (29, 40, false), (41, 17, true)].map(|(n, c, w)| mixed(n, c, w).large()));
+    // Rows of b, times that each is met, columns: sums within one block, over parts, and over groups.
+    for (rows, times, c) in [
+        (1, 7, 8),
+        (1, 131, 24),
+        (3, 5, 16),
+        (1, 1031, 256),
+        (1, 389, 77),
+        (7, 129, 264),
+        (13, 3, 520),
+        (61, 67, 5),
+    ] {
+        let (a, b) = ([rows * times, c], [rows, c]);
+        let each = format!("{rows}x{c}, each {times} times");
+        cases.push(repeated(&each, a, b, 1.5, Repeat::Each(times)).large());
+        cases.push(repeated(&format!("{rows}x{c}, tiled {times} times"), a, b, 1.0, Repeat::Tile).large());
+    }
+    cases
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Grid of the pass over the rows.
+    fn grid(dy: [usize; 2], b: [usize; 2], repeat: Repeat) -> [u32; 3] {
+        let op = AddBwd { scale: 1.0, repeat, b: Spec::new(b, DType::Bf16) };
+        let ins = [Spec::new(dy, DType::Bf16)];
+        let kernels = op.kernels(&ins, &op.infer(&ins).unwrap(), &Target::H200).unwrap();
+        match &kernels.launches[0] {
+            Launch::Kernel { grid, .. } => *grid,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn long_columns_are_cut_into_parts_of_enough_rows() {
+        assert_eq!(grid([16_384, 2048], [1, 2048], Repeat::Tile), [8, 66, 1]);
+        assert_eq!(grid([512, 2048], [1, 2048], Repeat::Tile), [8, 4, 1]);
+        assert_eq!(grid([64 * 256, 1024], [64, 1024], Repeat::Each(256)), [256, 2, 1]);
+        assert_eq!(grid([16_384, 13], [1, 13], Repeat::Tile), [1, 128, 1]);
+    }
+
+    #[test]
+    fn integers_and_f64_have_no_kernel() {
+        let spec = Spec::new([3, 4], DType::F64);
+        let op = Add { scale: 1.0, repeat: Repeat::None, in_place: false };
+        assert!(op.kernels(&[spec, spec], &[spec], &Target::H200).unwrap_err().contains("CPU device"));
+    }
 }

@@ -1,6 +1,6 @@
 //! The same numbers in another float type, or in memory of their own; and the same memory under
 //! another shape.
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 #[derive(Debug)]
 struct Cast {
@@ -47,6 +47,18 @@ impl Op for Cast {
         }
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (x, y) = (ins[0], outs[0]);
+        let suffix = lots::suffix(x.dtype, y.dtype)?;
+        if x.dtype == y.dtype {
+            return Ok(lots::single(Launch::Copy { from: Operand::In(0), to: Operand::Out(0) }));
+        }
+        let count = size(x.shape.numel())?;
+        let args = vec![Arg::output(0), Arg::input(0), Arg::U32(count)];
+        let lot = lots::lot(&[x.dtype, y.dtype]);
+        Ok(lots::single(lots::over(format!("cast_fwd_{suffix}"), count, lot, on, args)))
+    }
+
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived")]) };
         let from = g.spec(n.ins[0]).dtype;
@@ -90,22 +102,32 @@ impl Op for Reshape {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![
-        Case::new("cast", "copy", |g, x| {
-            let dtype = g.spec(x[0]).dtype;
-            vec![g.cast(x[0], dtype)]
-        })
-        .normal([3, 7]),
-        Case::new("cast", "to the accumulator type", |g, x| {
-            let dtype = g.spec(x[0]).dtype.accumulator();
-            vec![g.cast(x[0], dtype)]
-        })
-        .normal([3, 7]),
+    let copy = |n: usize, c: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.cast(x[0], g.spec(x[0]).dtype)];
+        Case::new("cast", format!("copy of {n}x{c}"), build).normal([n, c])
+    };
+    // There and back, which every gradient goes the other way.
+    let widened = |n: usize, c: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.cast(x[0], g.spec(x[0]).dtype.accumulator())];
+        Case::new("cast", format!("{n}x{c} to the accumulator type"), build).normal([n, c])
+    };
+    let sizes =
+        [(1, 1), (1, 3), (1, 4), (5, 1), (2, 4), (3, 5), (1, 31), (7, 9), (8, 16), (13, 64), (1, 1023)];
+    let more =
+        [(1, 1024), (1, 1025), (31, 67), (64, 96), (127, 33), (251, 88), (509, 61), (1021, 257), (3, 8191)];
+    let more = more.into_iter().chain([(1201, 768), (2207, 1031)]);
+    let sizes = sizes.into_iter().chain(more).map(|(n, c)| widened(n, c).large());
+    let mut cases = vec![
+        copy(3, 7),
+        copy(257, 65).large(),
+        widened(3, 7),
         Case::new("reshape", "folded", |g, x| {
             let y = g.reshape(x[0], [6, 5]);
             vec![g.add(y, x[1])]
         })
         .normal([2, 3, 5])
         .normal([6, 5]),
-    ]
+    ];
+    cases.extend(sizes);
+    cases
 }

@@ -12,6 +12,19 @@ impl Graph {
     }
 }
 
+/// The vocabulary of the 1.4B model.
+pub(super) fn speed_cases() -> Vec<Case> {
+    let ids: Vec<i32> = (0..16_384u64).map(|n| (n * n * n % 32_003 * (n % 97) / 97) as i32).collect();
+    let build = |g: &mut Graph, x: &[Tensor]| vec![g.embedding(x[0], x[1])];
+    vec![
+        Case::new("embedding", "32003x2048", build)
+            .normal([32_003, 2048])
+            .ints([16_384], &ids)
+            .accumulating()
+            .large(),
+    ]
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, v: usize, c: usize, ids: &[i32]| {
         Case::new("embedding", name, |g, x| vec![g.embedding(x[0], x[1])])
@@ -19,10 +32,14 @@ pub(super) fn cases() -> Vec<Case> {
             .ints([ids.len()], ids)
     };
     let text: Vec<i32> = (0..517).map(|n| n * n % 263 - 1).collect();
+    let words: Vec<i32> = (0..4099).map(|n| n * 31 % 997 * (n * 17 % 89) % 1009).collect();
     vec![
         case("repeated and unused", 11, 3, &[7, 7, -1, 0, 10, 11, 7]),
         case("one id", 1, 1, &[0]),
         case("several chunks", 262, 67, &text),
+        case("accumulated", 11, 8, &[7, 7, -1, 0, 10, 11, 7]).accumulating(),
+        case("bytes, accumulated", 256, 264, &text).accumulating().large(),
+        case("words, accumulated", 1009, 128, &words).accumulating().large(),
     ]
 }
 

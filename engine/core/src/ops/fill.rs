@@ -1,5 +1,5 @@
 //! `y = value` everywhere.
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 #[derive(Debug)]
 struct Fill {
@@ -32,12 +32,47 @@ impl Op for Fill {
         }
     }
 
+    fn kernels(&self, _: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let dtype = self.spec.dtype;
+        let bytes = match dtype {
+            DType::F32 => self.value.to_ne_bytes().to_vec(),
+            DType::Bf16 => half::bf16::from_f32(self.value).to_ne_bytes().to_vec(),
+            DType::I32 => (self.value as i32).to_ne_bytes().to_vec(),
+            DType::U8 => vec![self.value as u8],
+            DType::F64 => return Err("no kernel fills f64; use f32, or the CPU device".into()),
+        };
+        if bytes.iter().all(|b| *b == bytes[0]) {
+            return Ok(lots::single(Launch::Fill { what: Operand::Out(0), byte: bytes[0] }));
+        }
+        let count = size(outs[0].shape.numel())?;
+        let args = vec![Arg::output(0), Arg::U32(count), Arg::F32(self.value)];
+        Ok(lots::single(lots::over(
+            format!("fill_fwd_{}", dtype.name()),
+            count,
+            lots::lot(&[dtype]),
+            on,
+            args,
+        )))
+    }
+
     fn adjoint(&self, _: &mut Graph, _: &Node, _: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         Ok(vec![])
     }
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let build = |g: &mut Graph, _: &[Tensor]| vec![g.fill(0.375, [3, 5], DType::F32)];
-    vec![Case::new("fill", "3x5", build).without_gradient()]
+    let case = |value: f32, n: usize, c: usize, dtype: DType| {
+        let build = move |g: &mut Graph, _: &[Tensor]| vec![g.fill(value, [n, c], dtype)];
+        let name = format!("{n}x{c} of {} {value}", dtype.name());
+        let case = Case::new("fill", name, build).without_gradient();
+        if n * c > 15 { case.large() } else { case }
+    };
+    let sizes =
+        [(3, 5), (1, 1), (1, 7), (1, 8), (5, 9), (31, 33), (64, 64), (127, 61), (509, 257), (2207, 1031)];
+    let floats = [DType::F32, DType::Bf16, DType::I32];
+    let patterns = sizes.into_iter().flat_map(|(n, c)| floats.map(|dtype| case(-2.375, n, c, dtype)));
+    // The same byte everywhere.
+    let bytes =
+        [(0.0, DType::F32), (0.0, DType::Bf16), (-1.0, DType::I32), (7.0, DType::U8), (0.0, DType::I32)];
+    patterns.chain(bytes.map(|(value, dtype)| case(value, 13, 5, dtype))).collect()
 }

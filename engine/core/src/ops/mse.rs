@@ -3,7 +3,7 @@
 //!
 //! An image of weight zero is not read: its error and its gradient are zero whatever it holds. The
 //! loss is zero if `count` is.
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 #[derive(Debug)]
 struct Mse;
@@ -61,6 +61,17 @@ impl Op for Mse {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], _: &Target) -> Result<Kernels, String> {
+        let (images, numel) = (size(ins[2].shape.numel())?, elements(ins)?);
+        let operands = [Arg::output(1), Arg::input(0), Arg::input(1), Arg::input(2)];
+        let args = operands.into_iter().chain([Arg::U32(numel)]).collect();
+        let entry = format!("mse_fwd_{}", suffix(ins)?);
+        let errors = Launch::kernel(entry, [images, 1, 1], lots::THREADS, 0, args);
+        let args = vec![Arg::output(0), Arg::output(1), Arg::input(2), Arg::input(3), Arg::U32(images)];
+        let loss = Launch::kernel("mse_fwd_loss_f32", [1; 3], lots::THREADS, 0, args);
+        Ok(Kernels { scratch: vec![], launches: vec![errors, loss] })
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 3 * ins[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -75,6 +86,19 @@ impl Op for Mse {
             None => Grad::Stop("errors of single images are reported only; differentiate the loss"),
         };
         Ok(vec![dpred, stop, stop, stop])
+    }
+}
+
+/// Values of an image.
+fn elements(ins: &[Spec]) -> Result<u32, String> {
+    size(ins[0].shape.numel() / ins[2].shape.numel().max(1))
+}
+
+/// How entries spell the dtypes of predictions and targets.
+fn suffix(ins: &[Spec]) -> Result<String, String> {
+    match (ins[0].dtype, ins[1].dtype) {
+        (DType::F32, DType::Bf16) => Err("no kernel compares f32 with bf16; cast the targets".into()),
+        (pred, target) => lots::suffix(pred, target),
     }
 }
 
@@ -105,6 +129,16 @@ impl Op for MseBwd {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let numel = elements(ins)?;
+        let operands = [Arg::output(0)].into_iter().chain((0..5).map(Arg::input));
+        let args = operands.chain([Arg::U32(numel)]).collect();
+        let lot = lots::lot(&[ins[0].dtype, ins[1].dtype]);
+        let grid = lots::images(ins[2].shape.numel(), numel, lot, on)?;
+        let entry = format!("mse_bwd_{}", suffix(ins)?);
+        Ok(lots::single(Launch::kernel(entry, grid, lots::THREADS, 0, args)))
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 2 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -117,20 +151,73 @@ pub(super) fn cases() -> Vec<Case> {
             .constant([weights.len()], Fill::Values(weights.to_vec()))
             .constant([1], Fill::Values(vec![count]))
     };
-    let loss = |name| Case::new("mse", name, |g, x| vec![g.mse(x[0], x[1], x[2], x[3]).0]);
+    let loss = |name: &str| Case::new("mse", name, |g, x| vec![g.mse(x[0], x[1], x[2], x[3]).0]);
     let errors = Case::new("mse", "errors of single images", |g, x| {
         let (loss, per_image) = g.mse(x[0], x[1], x[2], x[3]);
         vec![loss, per_image]
     });
     let normal = Fill::Normal(1.0);
     let used_then_not = Fill::Values([[0.5; 7], [f64::NAN; 7]].concat());
-    vec![
+    let small = [
         with(loss("one number"), 1, normal.clone(), &[1.0], 1.0),
         with(loss("5 images of 131"), 131, normal.clone(), &[1.0, 0.5, 0.0, 2.0, 1.0], 3.0),
         with(loss("unused images hold NaN"), 7, used_then_not.clone(), &[1.0, 0.0, 1.5, 0.0], 2.0),
         with(loss("count is zero"), 3, normal, &[0.0, 0.0], 0.0),
         with(errors, 7, used_then_not, &[1.0, 0.0, 1.5, 0.0], 2.0).without_gradient(),
-    ]
+    ];
+    // Values of an image that are no multiple of a vector, that fill a block, and that take several rounds.
+    let weights = [1.0, 0.0, 0.5, 2.0, 1.0, 0.25, 0.0];
+    let sizes = [
+        (1, 2),
+        (2, 3),
+        (3, 4),
+        (5, 8),
+        (7, 16),
+        (2, 31),
+        (3, 64),
+        (5, 100),
+        (7, 127),
+        (2, 1023),
+        (3, 1024),
+        (5, 1025),
+        (7, 4099),
+        (1, 12_288),
+        (2, 8192),
+        (61, 48),
+        (257, 8),
+        (601, 75),
+        (1, 300_007),
+    ];
+    let large = sizes.map(|(images, numel)| {
+        let weights: Vec<f64> = weights.into_iter().cycle().take(images).collect();
+        with(loss(&format!("{images} of {numel}")), numel, Fill::Normal(1.0), &weights, images as f64).large()
+    });
+    // Targets in the storage type, as the model has them.
+    let alike = [(3, 24), (7, 129), (5, 2048), (601, 64), (2, 100_003)].map(|(images, numel)| {
+        Case::new("mse", format!("{images} of {numel}, alike"), |g, x| {
+            let (loss, per_image) = g.mse(x[0], x[1], x[2], x[3]);
+            vec![loss, per_image]
+        })
+        .normal([images, numel])
+        .normal([images, numel])
+        .constant([images], Fill::Values(weights.to_vec()))
+        .constant([1], Fill::Values(vec![images as f64]))
+        .without_gradient()
+        .large()
+    });
+    // And with a gradient.
+    let trained = [(3, 40), (7, 515), (61, 192), (1021, 16)].map(|(images, numel)| {
+        Case::new("mse", format!("{images} of {numel}, trained"), |g, x| {
+            let target = g.cast(x[1], g.spec(x[0]).dtype);
+            vec![g.mse(x[0], target, x[2], x[3]).0]
+        })
+        .normal([images, numel])
+        .constant([images, numel], Fill::Normal(1.0))
+        .constant([images], Fill::Values(weights.to_vec()))
+        .constant([1], Fill::Values(vec![images as f64]))
+        .large()
+    });
+    small.into_iter().chain(large).chain(alike).chain(trained).collect()
 }
 
 #[cfg(test)]

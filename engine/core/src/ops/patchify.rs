@@ -2,7 +2,7 @@
 //!
 //! Element `(dy k + dx) Ch + c` of patch `(py, px)` is `image[py k + dy, px k + dx, c]`; patches follow
 //! one another in raster order, each padded with zeros to a multiple of 8 values.
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 #[derive(Debug)]
 struct Patchify {
@@ -85,6 +85,17 @@ impl Grid {
         self.k * self.channels
     }
 
+    /// The pass over the values of all patches.
+    fn launch(&self, pass: &str, patches: Spec, on: &Target) -> Result<Kernels, String> {
+        let entry = format!("{pass}_{}", lots::suffix(patches.dtype, patches.dtype)?);
+        let count = size(patches.shape.numel())?;
+        let sizes = [count, size(self.size)?, size(self.channels)?, size(self.k)?].map(Arg::U32);
+        let args = [Arg::output(0), Arg::input(0)].into_iter().chain(sizes).collect();
+        let lot = lots::lot(&[patches.dtype]);
+        let lot = if size(self.run())?.is_multiple_of(lot) { lot } else { 1 };
+        Ok(lots::single(lots::over(entry, count, lot, on, args)))
+    }
+
     fn cut<T: Real>(&self, images: &[T], patches: &mut [T]) {
         let (width, run) = (patch_width(self.channels, self.k), self.run());
         let pictures = patches.par_chunks_mut(self.patches() * width).zip(images.par_chunks(self.values()));
@@ -127,6 +138,10 @@ impl Op for Patchify {
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         let Ok((_, grid)) = self.cut_of(ins[0].shape) else { return };
         real!(outs[0], T => grid.cut(T::read(&ins[0]), T::write(&mut outs[0])));
+    }
+
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        self.cut_of(ins[0].shape)?.1.launch("patchify_fwd", outs[0], on)
     }
 
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
@@ -172,6 +187,10 @@ impl Op for Unpatchify {
         real!(outs[0], T => self.grid.join(T::read(&ins[0]), T::write(&mut outs[0])));
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        self.grid.launch("unpatchify_fwd", ins[0], on)
+    }
+
     fn adjoint(&self, g: &mut Graph, _: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let stop = Grad::Stop("no gradient arrived");
         Ok(vec![d[0].map_or(stop, |dy| Grad::To(g.patchify(dy, self.grid.k)))])
@@ -179,22 +198,42 @@ impl Op for Unpatchify {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let patchify = |name, images: usize, size: usize, channels: usize, k: usize| {
+    let patchify = |name: String, images: usize, size: usize, channels: usize, k: usize| {
         Case::new("patchify", name, move |g, x| vec![g.patchify(x[0], k)])
             .normal([images, size, size, channels])
     };
-    let unpatchify = |name, images: usize, size: usize, channels: usize, k: usize| {
+    let unpatchify = |name: String, images: usize, size: usize, channels: usize, k: usize| {
         Case::new("unpatchify", name, move |g, x| vec![g.unpatchify(x[0], images, size, channels, k)])
             .normal([images * (size / k).pow(2), patch_width(channels, k)])
     };
-    vec![
-        patchify("single positions", 1, 3, 1, 1),
-        patchify("2 x 2, padded", 3, 6, 3, 2),
-        patchify("8 x 8", 2, 24, 5, 8),
-        unpatchify("single positions", 1, 3, 1, 1),
-        unpatchify("2 x 2, padded", 3, 6, 3, 2),
-        unpatchify("4 x 4", 2, 20, 4, 4),
-    ]
+    let small = [
+        patchify("single positions".into(), 1, 3, 1, 1),
+        patchify("2 x 2, padded".into(), 3, 6, 3, 2),
+        patchify("8 x 8".into(), 2, 24, 5, 8),
+        unpatchify("single positions".into(), 1, 3, 1, 1),
+        unpatchify("2 x 2, padded".into(), 3, 6, 3, 2),
+        unpatchify("4 x 4".into(), 2, 20, 4, 4),
+    ];
+    // Pictures, patches a side, channels: runs of whole vectors and of others, with padding and without.
+    let shapes = [
+        (1, 1, 1),
+        (2, 3, 2),
+        (1, 5, 3),
+        (3, 2, 4),
+        (2, 7, 5),
+        (1, 4, 8),
+        (5, 3, 16),
+        (2, 11, 7),
+        (7, 13, 4),
+    ];
+    let large = shapes.into_iter().flat_map(|(images, side, channels)| {
+        [1, 2, 4, 8].into_iter().flat_map(move |k| {
+            let name = format!("{images} of {side}x{side} patches of {k}x{k}, {channels} channels");
+            let joined = unpatchify(name.clone(), images, side * k, channels, k);
+            [patchify(name, images, side * k, channels, k).large(), joined.large()]
+        })
+    });
+    small.into_iter().chain(large).collect()
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! `c x_0 + d noise`.   Ho et al. 2020; Nichol & Dhariwal 2021; Salimans & Ho 2022; Liu et al. 2022
 //!
 //! The four coefficients of each image are data, so one op serves every schedule and objective.
-use super::prelude::*;
+use super::{lots, prelude::*};
 use crate::random::{Purpose, Stream};
 
 /// Where the noise comes from.
@@ -100,6 +100,28 @@ impl Op for QSample {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (x, y) = (ins[0], outs[0]);
+        let suffix = lots::suffix(x.dtype, y.dtype)?;
+        if x.dtype == DType::Bf16 && y.dtype == DType::F32 {
+            return Err("no kernel makes f32 of bf16 images; cast them".into());
+        }
+        if ins[1].dtype != DType::F32 || !(self.counter || ins[2].dtype == x.dtype) {
+            return Err(format!("coefficients should be f32 and noise {}; cast them", x.dtype.name()));
+        }
+        let images = ins[1].shape.rows();
+        let numel = size(x.shape.numel() / images.max(1))?;
+        let (variant, lot) = match self.counter {
+            true => ("counter", 4),
+            false => ("given", lots::lot(&[x.dtype, y.dtype])),
+        };
+        let operands = [Arg::output(0), Arg::output(1)].into_iter().chain((0..ins.len()).map(Arg::input));
+        let args = operands.chain([Arg::U32(numel)]).collect();
+        let grid = lots::images(images, numel, lot, on)?;
+        let entry = format!("q_sample_fwd_{variant}_{suffix}");
+        Ok(lots::single(Launch::kernel(entry, grid, lots::THREADS, 0, args)))
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 6 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -113,27 +135,58 @@ impl Op for QSample {
 
 pub(super) fn cases() -> Vec<Case> {
     let coefficients = [0.8, 0.6, -0.6, 0.8, 1.0, 0.0, 0.0, 1.0, 0.1, 0.9, -1.0, 1.0];
-    let counter = Case::new("q_sample", "counter", |g, x| {
-        let dtype = g.spec(x[0]).dtype;
-        g.q_sample(x[0], x[1], Noise::Counter { seed: x[2], keys: x[3] }, dtype).to_vec()
-    });
-    let given = Case::new("q_sample", "given", |g, x| {
-        let dtype = g.spec(x[0]).dtype;
-        g.q_sample(x[0], x[1], Noise::Given(x[2]), dtype).to_vec()
-    });
-    vec![
-        counter
-            .normal([3, 5, 5, 3])
-            .single([3, 4], Fill::Values(coefficients.to_vec()))
-            .ints([2], &[7, 1])
-            .ints([3, 3], &[0, 0, 0, 1, 0, 0, 1, 0, 1])
-            .without_gradient(),
-        given
-            .normal([3, 7])
-            .single([3, 4], Fill::Values(coefficients.to_vec()))
-            .normal([3, 7])
-            .without_gradient(),
-    ]
+    // Results as the storage type; images, too, or f32.
+    let counter = |images: usize, numel: usize, single: bool, keys: &[i32]| {
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let dtype = g.spec(x[4]).dtype;
+            g.q_sample(x[0], x[1], Noise::Counter { seed: x[2], keys: x[3] }, dtype).to_vec()
+        };
+        let case = Case::new("q_sample", format!("counter, {images} of {numel}, f32 {single}"), build);
+        shaped(case, [images, numel], single)
+            .single([images, 4], Fill::Values(coefficients.to_vec()))
+            .ints([2], &[7, -1])
+            .ints([images, 3], keys)
+            .normal([1])
+            .without_gradient()
+    };
+    let given = |images: usize, numel: usize, single: bool| {
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let dtype = g.spec(x[3]).dtype;
+            g.q_sample(x[0], x[1], Noise::Given(x[2]), dtype).to_vec()
+        };
+        let case = Case::new("q_sample", format!("given, {images} of {numel}, f32 {single}"), build);
+        let case =
+            shaped(case, [images, numel], single).single([images, 4], Fill::Values(coefficients.to_vec()));
+        shaped(case, [images, numel], single).normal([1]).without_gradient()
+    };
+    let keys = [0, 0, 0, 1, 0, 0, 1, 0, 1, -7, 3, 2, i32::MIN, -1, 90_001, 5, 5, -3];
+    let mut cases = vec![counter(3, 75, false, &keys), given(3, 7, false)];
+    // Values of an image that are no multiple of a lot, that fill a block, and that take several.
+    let sizes = [
+        (1, 1),
+        (2, 3),
+        (5, 4),
+        (7, 8),
+        (4, 31),
+        (3, 64),
+        (11, 100),
+        (2, 1023),
+        (6, 1024),
+        (3, 4099),
+        (61, 192),
+    ];
+    for (images, numel) in sizes.into_iter().chain([(2, 12_288), (601, 64), (1, 300_007)]) {
+        for single in [false, true] {
+            cases.push(counter(images, numel, single, &keys).large());
+            cases.push(given(images, numel, single).large());
+        }
+    }
+    cases
+}
+
+/// Adds an input of normal numbers, in f32 or in the storage type.
+fn shaped(case: Case, shape: [usize; 2], single: bool) -> Case {
+    if single { case.single(shape, Fill::Normal(1.0)) } else { case.normal(shape) }
 }
 
 #[cfg(test)]

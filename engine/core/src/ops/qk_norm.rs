@@ -1,7 +1,7 @@
 //! Each q head and each k head of a packed row through a norm of its own: `y = x r w`,
 //! `r = 1 / sqrt(mean x^2 + eps)` over the head.   Dehghani et al. 2023
 use super::{
-    Heads,
+    Heads, lots,
     prelude::*,
     rmsnorm::{backward_row, rstd},
 };
@@ -62,6 +62,14 @@ impl Op for QkNorm {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let layout = Layout::new(self.heads, ins)?;
+        let args = [Arg::output(0), Arg::input(0), Arg::input(1), Arg::input(2)];
+        let grid = [layout.blocks(lots::BLOCKS, on), 1, 1];
+        let entry = format!("qk_norm_fwd_{}", layout.dtype);
+        Ok(lots::single(Launch::kernel(entry, grid, lots::THREADS, 0, layout.args(&args, self.eps))))
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let normed = ins[0].shape.rows() * self.heads.qk_columns();
         Cost { flops: 4 * normed as u64, bytes: traffic(ins, outs) }
@@ -78,6 +86,53 @@ impl Op for QkNorm {
             }
             _ => g.push::<3>(bwd(false), &[qkv, wq, wk, dy]).map(Grad::To).to_vec(),
         })
+    }
+}
+
+/// Blocks of the backward pass that an SM holds at once, as the kernel's launch bounds promise.
+const BACKWARD_BLOCKS: u32 = 4;
+
+/// How the heads of packed rows are shared out to groups of lanes.
+struct Layout {
+    dtype: &'static str,
+    rows: u32,
+    heads: Heads,
+    width: u32,
+    vectors: u32,
+}
+
+impl Layout {
+    fn new(heads: Heads, ins: &[Spec]) -> Result<Layout, String> {
+        let (x, width) = (ins[0], size(heads.width)?);
+        lots::suffix(x.dtype, x.dtype)?;
+        if let Some(w) = ins[1..3].iter().find(|w| w.dtype != x.dtype) {
+            return Err(format!("the scale {w:?} should be of the dtype of {x:?}; cast it"));
+        }
+        let vectors = width / lots::lot(&[x.dtype]);
+        if !width.is_multiple_of(8) || vectors > 32 {
+            return Err(format!(
+                "heads of {width} columns are no multiple of 8 up to {}; use another width, or the CPU device",
+                32 * lots::lot(&[x.dtype])
+            ));
+        }
+        size(x.shape.numel())?;
+        Ok(Layout { dtype: x.dtype.name(), rows: size(x.shape.rows())?, heads, width, vectors })
+    }
+
+    /// Heads of a row.
+    fn all(&self) -> u32 {
+        (self.heads.heads + 2 * self.heads.kv_heads) as u32
+    }
+
+    fn blocks(&self, per_sm: u32, on: &Target) -> u32 {
+        lots::groups(self.rows * self.all(), self.vectors, per_sm, on)
+    }
+
+    fn args(&self, operands: &[Arg], eps: f64) -> Vec<Arg> {
+        let Heads { heads, kv_heads, .. } = self.heads;
+        let sizes =
+            [self.rows, self.all(), heads as u32, (heads + kv_heads) as u32, self.width].map(Arg::U32);
+        operands.iter().cloned().chain(sizes).chain([Arg::F32(eps as f32)]).collect()
     }
 }
 
@@ -122,6 +177,25 @@ impl Op for QkNormBwd {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let layout = Layout::new(self.heads, ins)?;
+        let parts = layout.blocks(BACKWARD_BLOCKS, on);
+        let operands = [Arg::output(0), Arg::scratch(0), Arg::scratch(1)];
+        let operands: Vec<Arg> = operands.into_iter().chain((0..4).map(Arg::input)).collect();
+        let entry = format!("qk_norm_bwd_{}", layout.dtype);
+        // A row of sums for each warp and each of q and k.
+        let shared = 2 * lots::WARPS * layout.width * 4;
+        let args = layout.args(&operands, self.eps);
+        let mut launches = vec![Launch::kernel(entry, [parts, 1, 1], lots::THREADS, shared, args)];
+        for (i, dw) in outs[1..].iter().enumerate() {
+            let entry = format!("qk_norm_bwd_sum_{}", lots::suffix(dw.dtype, dw.dtype)?);
+            let sizes = [parts, layout.width, self.accumulate.into()].map(Arg::U32);
+            let args = [Arg::output(1 + i), Arg::scratch(i)].into_iter().chain(sizes).collect();
+            launches.push(Launch::kernel(entry, [layout.width.div_ceil(32), 1, 1], lots::THREADS, 0, args));
+        }
+        Ok(Kernels { scratch: vec![parts.max(1) as usize * layout.width as usize * 4; 2], launches })
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let normed = ins[0].shape.rows() * self.heads.qk_columns();
         Cost { flops: 13 * normed as u64, bytes: traffic(ins, outs) }
@@ -146,24 +220,85 @@ impl QkNormBwd {
     }
 }
 
+/// Rows of the 1.4B model.
+pub(super) fn speed_cases() -> Vec<Case> {
+    let heads = Heads { heads: 16, kv_heads: 16, width: 128 };
+    let build = move |g: &mut Graph, x: &[Tensor]| vec![g.qk_norm(x[0], x[1], x[2], heads, 1e-5)];
+    let case = Case::new("qk_norm", "16384 rows", build).normal([16_384, heads.packed_width()]);
+    vec![case.normal([128]).normal([128]).accumulating().large()]
+}
+
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, n: usize, heads: usize, kv_heads: usize, width: usize| {
+    let case = |name: String, n: usize, heads: usize, kv_heads: usize, width: usize| {
         let heads = Heads { heads, kv_heads, width };
         Case::new("qk_norm", name, move |g, x| vec![g.qk_norm(x[0], x[1], x[2], heads, 1e-5)])
             .normal([n, heads.packed_width()])
             .normal([width])
             .normal([width])
     };
-    vec![
-        case("one row", 1, 1, 1, 3),
-        case("7 rows of 3 + 1 heads", 7, 3, 1, 5),
-        case("several chunks", 617, 2, 1, 34),
-    ]
+    let small = [
+        case("one row".into(), 1, 1, 1, 3),
+        case("7 rows of 3 + 1 heads".into(), 7, 3, 1, 5),
+        case("several chunks".into(), 617, 2, 1, 34),
+        case("accumulated".into(), 5, 3, 1, 8).accumulating(),
+    ];
+    // Rows, query heads, key heads, width: every size of group, full and with idle lanes, and rows that wrap
+    // the grid.
+    let shapes = [
+        (1, 1, 1, 8),
+        (2, 1, 1, 16),
+        (3, 2, 1, 24),
+        (5, 3, 1, 32),
+        (7, 4, 2, 40),
+        (11, 1, 1, 48),
+        (13, 3, 3, 64),
+        (17, 2, 2, 72),
+        (19, 6, 2, 80),
+        (23, 5, 1, 96),
+        (29, 7, 1, 104),
+        (31, 4, 4, 112),
+        (37, 2, 1, 120),
+        (41, 1, 1, 128),
+        (43, 8, 2, 16),
+        (47, 9, 3, 8),
+        (53, 3, 1, 56),
+        (59, 2, 2, 88),
+        (61, 12, 4, 32),
+        (67, 1, 1, 136),
+        (71, 4, 1, 192),
+        (79, 2, 1, 256),
+        (101, 16, 4, 64),
+        (127, 5, 5, 8),
+        (257, 3, 1, 32),
+        (521, 2, 1, 128),
+        (1031, 6, 2, 8),
+        (4513, 6, 1, 64),
+    ];
+    let name = |(n, heads, kv_heads, width)| format!("{n} rows of {heads} + {kv_heads} heads of {width}");
+    let large = shapes.map(|s| case(name(s), s.0, s.1, s.2, s.3).large());
+    let sums = [shapes[6], shapes[13], shapes[25], (1021, 3, 1, 16)];
+    let sums =
+        sums.map(|s| case(format!("{}, accumulated", name(s)), s.0, s.1, s.2, s.3).accumulating().large());
+    small.into_iter().chain(large).chain(sums).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn heads_that_fit_no_group_are_refused() {
+        let refused = |width: usize, dtype: DType| {
+            let heads = Heads { heads: 2, kv_heads: 1, width };
+            let w = Spec::new([width], dtype);
+            let op = QkNorm { heads, eps: 1e-5 };
+            op.kernels(&[Spec::new([3, 4 * width], dtype), w, w], &[], &Target::H200).unwrap_err()
+        };
+        assert!(refused(12, DType::Bf16).contains("multiple of 8 up to 256"));
+        assert!(refused(264, DType::Bf16).contains("CPU device"));
+        assert!(refused(136, DType::F32).contains("up to 128"));
+        assert!(refused(8, DType::F64).contains("cast"));
+    }
     use crate::{
         device::{CpuDevice, CpuOptions, Device, Place},
         op::Kind,

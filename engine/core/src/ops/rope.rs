@@ -3,7 +3,7 @@
 //! `a = position theta^(-2j/D)`.   Su et al. 2021
 //!
 //! Angles are computed in f64 from the position alone, so a row turns the same in every batch.
-use super::{Heads, prelude::*};
+use super::{Heads, lots, prelude::*};
 
 #[derive(Debug, Clone, Copy)]
 struct Rope {
@@ -66,6 +66,41 @@ impl Rope {
     }
 }
 
+/// Heads that a thread turns by the angles it has found, at least.
+const TOGETHER: u32 = 4;
+/// Threads that fill an SM well enough.
+const SM_THREADS: u32 = 1024;
+
+impl Rope {
+    /// The pass over the rows: forward over the q and k heads in place, backward over all.
+    fn launch(&self, pass: &str, args: Vec<Arg>, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (x, width) = (ins[0], size(self.heads.width)?);
+        let entry = format!("rope_{pass}_{}", lots::suffix(x.dtype, x.dtype)?);
+        if !width.is_multiple_of(8) {
+            return Err(format!(
+                "heads of {width} columns are no multiple of 8; use another width, or the CPU device"
+            ));
+        }
+        if self.theta < 1.0 {
+            return Err(format!("theta is {}; the kernel takes 1 and more; use the CPU device", self.theta));
+        }
+        size(x.shape.numel())?;
+        let (rows, vectors) = (size(x.shape.rows())?, width / lots::lot(&[x.dtype]));
+        let turning = size(self.heads.heads + self.heads.kv_heads)?;
+        let heads = turning + size(self.heads.kv_heads)?;
+        let walked = if pass == "fwd" { turning } else { heads };
+        let shares = (on.sms * SM_THREADS).div_ceil((rows * vectors).max(1)).clamp(1, walked);
+        let together = walked.div_ceil(shares).max(TOGETHER);
+        let items = rows * walked.div_ceil(together) * vectors;
+        // theta^(-2/D) as a fraction of 2^64.
+        let ratio = (self.theta.powf(-2.0 / f64::from(width)) * 2f64.powi(64)) as u64;
+        let sizes = [rows, width, heads, turning, together].map(Arg::U32);
+        let args = args.into_iter().chain(sizes).chain([Arg::U64(ratio)]).collect();
+        let grid = [lots::blocks(items, lots::THREADS, on), 1, 1];
+        Ok(lots::single(Launch::kernel(entry, grid, lots::THREADS, 4 * width, args)))
+    }
+}
+
 /// Multiplications and additions on the pairs of the q and k heads; sines are not counted.
 fn cost(heads: Heads, ins: &[Spec], outs: &[Spec]) -> Cost {
     let pairs = ins[0].shape.rows() * heads.qk_columns() / 2;
@@ -98,6 +133,10 @@ impl Op for Rope {
         real!(outs[0], T => self.run::<T>(&[], ins[1].i32(), T::write(&mut outs[0]), 1.0, cpu));
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        self.launch("fwd", vec![Arg::output(0), Arg::input(1)], ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         cost(self.heads, ins, outs)
     }
@@ -128,23 +167,79 @@ impl Op for RopeBwd {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        self.0.launch("bwd", vec![Arg::output(0), Arg::input(0), Arg::input(1)], ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         cost(self.0.heads, ins, outs)
     }
 }
 
+/// Rows of the 1.4B model.
+pub(super) fn speed_cases() -> Vec<Case> {
+    let heads = Heads { heads: 16, kv_heads: 16, width: 128 };
+    let build = move |g: &mut Graph, x: &[Tensor]| vec![g.rope(x[0], x[1], heads, 1e4)];
+    let case = Case::new("rope", "16384 rows", build).normal([16_384, heads.packed_width()]);
+    vec![case.ints([16_384], &(0..4096).collect::<Vec<_>>()).large()]
+}
+
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, n: usize, heads: usize, kv_heads: usize, width: usize, positions: &[i32]| {
+    let case = |name: &str, n: usize, heads: usize, kv_heads: usize, width: usize, positions: &[i32]| {
         let heads = Heads { heads, kv_heads, width };
         Case::new("rope", name, move |g, x| vec![g.rope(x[0], x[1], heads, 1e4)])
             .normal([n, heads.packed_width()])
             .ints([n], positions)
     };
-    vec![
+    // Rows, query heads, key heads, width: heads shared out to threads in every way, and positions far and near.
+    let shapes = [
+        (1, 1, 1, 8),
+        (2, 1, 1, 16),
+        (3, 2, 1, 8),
+        (5, 3, 1, 24),
+        (7, 4, 2, 32),
+        (11, 1, 1, 64),
+        (13, 3, 3, 16),
+        (17, 2, 2, 40),
+        (19, 6, 2, 8),
+        (23, 5, 1, 32),
+        (29, 7, 1, 16),
+        (31, 4, 4, 64),
+        (37, 2, 1, 128),
+        (41, 1, 1, 256),
+        (43, 8, 2, 24),
+        (47, 9, 3, 8),
+        (53, 3, 1, 72),
+        (59, 2, 2, 96),
+        (61, 12, 4, 16),
+        (67, 1, 1, 48),
+        (71, 4, 1, 80),
+        (101, 2, 1, 64),
+        (127, 5, 5, 8),
+        (131, 16, 4, 8),
+        (257, 3, 1, 32),
+        (521, 2, 1, 16),
+        (1031, 1, 1, 8),
+        (6961, 1, 1, 128),
+        (73, 2, 2, 120),
+        (83, 11, 1, 8),
+    ];
+    let large = shapes.map(|(n, heads, kv_heads, width)| {
+        let at = |i: usize| match i % 5 {
+            3 => -1,
+            4 => 100_003 + i as i32,
+            _ => (i % 1021) as i32,
+        };
+        let name = format!("{n} rows of {heads} + {kv_heads} heads of {width}");
+        case(&name, n, heads, kv_heads, width, &(0..n).map(at).collect::<Vec<_>>()).large()
+    });
+    let small = [
         case("one pair", 1, 1, 1, 2, &[3]),
         case("grouped, unused rows", 7, 3, 1, 6, &[0, 1, -1, 100_000, 2, i32::MIN, 7]),
         case("several chunks", 331, 2, 2, 18, &(0..331).map(|n| n % 173).collect::<Vec<_>>()),
-    ]
+        case("the last position", 2, 1, 1, 8, &[i32::MAX, 1]),
+    ];
+    small.into_iter().chain(large).collect()
 }
 
 #[cfg(test)]
@@ -168,6 +263,17 @@ mod tests {
         let want = [head, head, [5.0, 6.0, 7.0, 8.0]].concat();
         assert!(want.iter().zip(&y).all(|(a, b)| (a - b).abs() < 1e-15), "{y:?}");
         assert_eq!(y[12..], [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 5.0, 6.0, 7.0, 8.0]);
+    }
+
+    #[test]
+    fn what_the_kernel_cannot_turn_is_refused() {
+        let refused = |width: usize, theta: f64| {
+            let rope = Rope { heads: Heads { heads: 2, kv_heads: 1, width }, theta };
+            let ins = [Spec::new([3, 4 * width], DType::Bf16), Spec::new([3], DType::I32)];
+            rope.kernels(&ins, &ins[..1], &Target::H200).unwrap_err()
+        };
+        assert!(refused(18, 1e4).contains("multiple of 8"));
+        assert!(refused(16, 0.5).contains("CPU device"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Rows picked out of a table, `y[r] = x[index[r]]`, and put back, `base[index[r]] = src[r]`.
 //!
 //! An index that is negative or names no row is unused: it picks a row of zeros and puts back nothing.
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 #[derive(Debug)]
 struct GatherRows;
@@ -87,6 +87,11 @@ impl Op for GatherRows {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (x, y) = (ins[0], outs[0]);
+        moved("gather_rows_fwd", [Arg::output(0), Arg::input(0), Arg::input(1)], y.shape.rows(), x, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 0, bytes: (2 * outs[0].bytes() + ins[1].bytes()) as u64 }
     }
@@ -108,7 +113,8 @@ impl Op for GatherRowsBwd {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        Ok(vec![if self.accumulate { ins[2] } else { self.x }])
+        let dtype = if ins[0].dtype == DType::F64 { DType::F64 } else { self.x.dtype };
+        Ok(vec![if self.accumulate { ins[2] } else { Spec { dtype, ..self.x } }])
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
@@ -120,6 +126,30 @@ impl Op for GatherRowsBwd {
             }
             for_named(dx, width, index, #[inline(always)] |dx, r| axpy(dx, T::ONE, &dy[r * width..][..width]));
         });
+    }
+
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], _: &Target) -> Result<Kernels, String> {
+        let (dy, dx) = (ins[0], outs[0]);
+        let suffix = lots::suffix(dy.dtype, dx.dtype)?;
+        if dy.dtype == DType::F32 && dx.dtype == DType::Bf16 {
+            return Err("no kernel sums f32 into bf16; cast the gradient".into());
+        }
+        size(dx.shape.numel())?;
+        let (count, rows, width) = (size(dy.shape.rows())?, size(dx.shape.rows())?, size(dx.shape.last())?);
+        let args = vec![Arg::scratch(0), Arg::scratch(1), Arg::input(1), Arg::U32(count), Arg::U32(rows)];
+        let grid = [rows.div_ceil(lots::THREADS), 1, 1];
+        let sort = Launch::kernel("gather_rows_bwd_sort_i32", grid, lots::THREADS, 0, args);
+        let operands = [Arg::output(0), Arg::input(0), Arg::scratch(0), Arg::scratch(1)];
+        let args = operands.into_iter().chain([rows, width, self.accumulate.into()].map(Arg::U32)).collect();
+        let lot = lots::lot(&[dy.dtype, dx.dtype]);
+        let lot = if width.is_multiple_of(lot) { lot } else { 1 };
+        let grid = [rows.div_ceil(lots::WARPS), width.div_ceil(32 * lot), 1];
+        let (entry, shared) = (format!("gather_rows_bwd_sum_{suffix}"), lots::THREADS * lot * 4);
+        let sum = Launch::kernel(entry, grid, lots::THREADS, shared, args);
+        Ok(Kernels {
+            scratch: vec![(rows as usize + 1) * 4, count.max(1) as usize * 4],
+            launches: vec![sort, sum],
+        })
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
@@ -163,6 +193,11 @@ impl Op for ScatterRows {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let operands = [Arg::output(0), Arg::input(1), Arg::input(2)];
+        moved("scatter_rows_fwd", operands, ins[1].shape.rows(), ins[0], on)
+    }
+
     fn cost(&self, ins: &[Spec], _: &[Spec]) -> Cost {
         Cost { flops: 0, bytes: (2 * ins[1].bytes() + ins[2].bytes()) as u64 }
     }
@@ -197,15 +232,39 @@ impl Op for ScatterRowsBwd {
             for_named(dbase, width, index, |dbase, _| dbase.fill(T::ZERO));
         });
     }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (dy, index) = (ins[0], ins[1]);
+        let entry = format!("scatter_rows_bwd_{}", lots::suffix(dy.dtype, dy.dtype)?);
+        let (rows, width) = (size(dy.shape.rows())?, size(dy.shape.last())?);
+        let count = size(index.shape.numel())?;
+        let clear = Launch::Fill { what: Operand::Scratch(0), byte: 0 };
+        let args = vec![Arg::scratch(0), Arg::input(1), Arg::U32(count), Arg::U32(rows)];
+        let grid = [count.div_ceil(lots::THREADS), 1, 1];
+        let mark = Launch::kernel("scatter_rows_bwd_mark_i32", grid, lots::THREADS, 0, args);
+        let args = vec![Arg::output(0), Arg::input(0), Arg::scratch(0), Arg::U32(rows), Arg::U32(width)];
+        let grid = [lots::groups(rows, lots::words(width, dy.dtype), lots::BLOCKS, on), 1, 1];
+        let rest = Launch::kernel(entry, grid, lots::THREADS, 0, args);
+        Ok(Kernels { scratch: vec![rows as usize * 4], launches: vec![clear, mark, rest] })
+    }
+}
+
+/// The pass that moves `count` rows out of `table`, or into it.
+fn moved(pass: &str, operands: [Arg; 3], count: usize, table: Spec, on: &Target) -> Result<Kernels, String> {
+    let entry = format!("{pass}_{}", lots::suffix(table.dtype, table.dtype)?);
+    let (count, rows, width) = (size(count)?, size(table.shape.rows())?, size(table.shape.last())?);
+    let args = operands.into_iter().chain([count, rows, width].map(Arg::U32)).collect();
+    let grid = [lots::groups(count, lots::words(width, table.dtype), lots::BLOCKS, on), 1, 1];
+    Ok(lots::single(Launch::kernel(entry, grid, lots::THREADS, 0, args)))
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let gather = |name, n: usize, c: usize, index: &[i32]| {
+    let gather = |name: String, n: usize, c: usize, index: &[i32]| {
         Case::new("gather_rows", name, |g, x| vec![g.gather_rows(x[0], x[1])])
             .normal([n, c])
             .ints([index.len()], index)
     };
-    let scatter = |name, n: usize, c: usize, index: &[i32]| {
+    let scatter = |name: String, n: usize, c: usize, index: &[i32]| {
         Case::new("scatter_rows", name, |g, x| vec![g.scatter_rows(x[0], x[1], x[2])])
             .normal([n, c])
             .normal([index.len(), c])
@@ -213,14 +272,67 @@ pub(super) fn cases() -> Vec<Case> {
     };
     let repeated: Vec<i32> = (0..611).map(|r| r * r % 293 - 1).collect();
     let permuted: Vec<i32> = (0..293).map(|r| if r % 5 == 0 { -1 } else { r * 31 % 293 }).collect();
-    vec![
-        gather("repeated and unused", 5, 7, &[4, 0, -1, 4, 5, 4, i32::MIN, i32::MAX, 1]),
-        gather("one", 1, 1, &[0]),
-        gather("several chunks", 293, 61, &repeated),
-        scatter("unused", 7, 5, &[6, -1, 0, 7, i32::MIN]),
-        scatter("one", 1, 1, &[0]),
-        scatter("several chunks", 293, 61, &permuted),
-    ]
+    let small = [
+        gather("repeated and unused".into(), 5, 7, &[4, 0, -1, 4, 5, 4, i32::MIN, i32::MAX, 1]),
+        gather("one".into(), 1, 1, &[0]),
+        gather("several chunks".into(), 293, 61, &repeated),
+        scatter("unused".into(), 7, 5, &[6, -1, 0, 7, i32::MIN]),
+        scatter("one".into(), 1, 1, &[0]),
+        scatter("several chunks".into(), 293, 61, &permuted),
+    ];
+    // Rows of the table, columns, rows that are picked or put back: every way to move a row, more rows than a block
+    // sorts, lists that one warp adds and lists that a block adds, and grids that wrap.
+    let shapes = [
+        (1, 8, 1),
+        (2, 8, 3),
+        (3, 16, 5),
+        (5, 24, 2),
+        (7, 32, 11),
+        (11, 40, 13),
+        (13, 9, 17),
+        (17, 64, 19),
+        (19, 72, 300),
+        (23, 96, 29),
+        (29, 128, 31),
+        (31, 7, 37),
+        (37, 136, 41),
+        (41, 248, 43),
+        (43, 256, 47),
+        (47, 264, 53),
+        (53, 512, 59),
+        (59, 520, 61),
+        (61, 33, 67),
+        (67, 1032, 71),
+        (255, 8, 256),
+        (256, 16, 1024),
+        (257, 24, 1025),
+        (521, 8, 2053),
+        (1031, 48, 509),
+        (2, 56, 1500),
+        (9001, 8, 4513),
+        (4513, 264, 9001),
+    ];
+    let large = shapes.into_iter().flat_map(|(n, c, r)| {
+        // Every fifth is unused; a third of the others name one row.
+        let place = |i: usize| match (i % 5, i % 3) {
+            (0, _) => [-1, n as i32, i32::MIN, i32::MAX][i / 5 % 4],
+            (_, 0) => (n / 2) as i32,
+            _ => (i * 7919 % n) as i32,
+        };
+        let places: Vec<i32> = (0..r).map(place).collect();
+        // 7919 is a prime that divides no n.
+        let own = |i: usize| if i % 5 == 0 || i >= n { -1 } else { (i * 7919 % n) as i32 };
+        let own: Vec<i32> = (0..r).map(own).collect();
+        [
+            gather(format!("{r} of {n}x{c}"), n, c, &places).large(),
+            scatter(format!("{r} into {n}x{c}"), n, c, &own).large(),
+        ]
+    });
+    let sums = [(37, 136, 301), (300, 41, 777), (3, 64, 611)].map(|(n, c, r)| {
+        let index: Vec<i32> = (0..r).map(|i| i * i % (n + 1) - 1).collect();
+        gather(format!("{r} of {n}x{c}, accumulated"), n as usize, c, &index).accumulating().large()
+    });
+    small.into_iter().chain(large).chain(sums).collect()
 }
 
 #[cfg(test)]

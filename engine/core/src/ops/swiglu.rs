@@ -2,7 +2,7 @@
 //!
 //! Gate and up lie interleaved, `x[n, 2f]` and `x[n, 2f + 1]`, so that the two meet in one register
 //! of the product that made them.
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 #[derive(Debug)]
 pub(super) struct SwiGlu;
@@ -112,6 +112,10 @@ impl Op for SwiGlu {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        pairs("swiglu_fwd", ins, outs[0].shape.numel(), on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 6 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -120,6 +124,22 @@ impl Op for SwiGlu {
         let stop = Grad::Stop("no gradient arrived");
         Ok(vec![d[0].map_or(stop, |dy| Grad::To(g.push::<1>(SwiGluBwd, &[n.ins[0], dy])[0]))])
     }
+}
+
+/// The pass over `pairs` of gate and up.
+fn pairs(pass: &str, ins: &[Spec], pairs: usize, on: &Target) -> Result<Kernels, String> {
+    let dtype = ins[0].dtype;
+    elements(pass, ins, pairs, lots::lot(&[dtype]) / 2, on)
+}
+
+/// The pass over `count` elements, or pairs, `lot` to a thread.
+fn elements(pass: &str, ins: &[Spec], count: usize, lot: u32, on: &Target) -> Result<Kernels, String> {
+    let entry = format!("{pass}_{}", lots::suffix(ins[0].dtype, ins[0].dtype)?);
+    let count = size(count)?;
+    size(ins[0].shape.numel())?;
+    let operands = (0..ins.len()).map(Arg::input);
+    let args = [Arg::output(0)].into_iter().chain(operands).chain([Arg::U32(count)]).collect();
+    Ok(lots::single(lots::over(entry, count, lot, on, args)))
 }
 
 impl Op for SwiGluBwd {
@@ -139,6 +159,10 @@ impl Op for SwiGluBwd {
             let rows = dx.par_chunks_mut(2 * chunk).zip(x.par_chunks(2 * chunk)).zip(dy.par_chunks(chunk));
             rows.for_each(|((dx, x), dy)| simd!(swiglu_bwd_row(x, dy, dx)));
         });
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        pairs("swiglu_bwd", ins, ins[1].shape.numel(), on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
@@ -169,13 +193,59 @@ impl Op for SiluBwd {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        elements("silu_bwd", ins, ins[0].shape.numel(), lots::lot(&[ins[0].dtype]), on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 6 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
 }
 
+/// Rows of the 1.4B model.
+pub(super) fn speed_cases() -> Vec<Case> {
+    let build = |g: &mut Graph, x: &[Tensor]| vec![g.swiglu(x[0])];
+    vec![Case::new("swiglu", "16384x5504", build).normal([16_384, 2 * 5504]).large()]
+}
+
 pub(super) fn cases() -> Vec<Case> {
-    let case =
-        |name, n: usize, f: usize| Case::new("swiglu", name, |g, x| vec![g.swiglu(x[0])]).normal([n, 2 * f]);
-    vec![case("7x13", 7, 13), case("one row", 1, 5), case("257x64", 257, 64)]
+    let case = |n: usize, f: usize| {
+        Case::new("swiglu", format!("{n}x{f}"), |g, x| vec![g.swiglu(x[0])]).normal([n, 2 * f])
+    };
+    // Saturated gates of both signs.
+    let steep =
+        Case::new("swiglu", "steep", |g, x| vec![g.swiglu(x[0])]).floats([31, 46], Fill::Normal(40.0));
+    let small = [(7, 13), (1, 5), (257, 64)];
+    let large = [
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (1, 4),
+        (5, 1),
+        (2, 8),
+        (3, 11),
+        (7, 16),
+        (11, 24),
+        (13, 31),
+        (17, 40),
+        (23, 65),
+        (29, 96),
+        (31, 128),
+        (37, 127),
+        (61, 256),
+        (67, 129),
+        (101, 88),
+        (127, 344),
+        (131, 61),
+        (251, 96),
+        (257, 33),
+        (509, 172),
+        (521, 8),
+        (1021, 40),
+        (1031, 7),
+        (1201, 264),
+        (2207, 515),
+    ];
+    let large = large.into_iter().map(|(n, f)| case(n, f).large());
+    small.into_iter().map(|(n, f)| case(n, f)).chain(large).chain([steep.large()]).collect()
 }

@@ -1,6 +1,6 @@
 //! Sines and cosines at geometric frequencies: of noise levels, `[cos(t f_j).., sin(t f_j)..]` with
 //! `f_j = 10000^(-j / (C/2))`, and of places in a picture.   Vaswani et al. 2017; Peebles & Xie 2023
-use super::prelude::*;
+use super::{lots, prelude::*};
 
 #[derive(Debug)]
 struct TimeEmbedding {
@@ -38,6 +38,11 @@ fn frequencies(f: &mut [f64]) {
     for (j, f) in f.iter_mut().enumerate() {
         *f = 10_000f64.powf(-(j as f64) / n);
     }
+}
+
+/// The ratio of neighbours among `n` frequencies as a fraction of 2^64.
+fn ratio(n: usize) -> Arg {
+    Arg::U64((10_000f64.powf(-1.0 / n as f64) * 2f64.powi(64)) as u64)
 }
 
 /// The sines, and the cosines, of `x` times each frequency.
@@ -78,6 +83,15 @@ impl Op for TimeEmbedding {
         }));
     }
 
+    fn kernels(&self, _: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let entry = format!("time_embedding_fwd_{}", lots::suffix(self.dtype, self.dtype)?);
+        let waves = size(outs[0].shape.numel())? / 2;
+        let sizes = [waves, size(self.width)?].map(Arg::U32);
+        let args =
+            [Arg::output(0), Arg::input(0)].into_iter().chain(sizes).chain([ratio(self.width / 2)]).collect();
+        Ok(lots::single(lots::over(entry, waves, 1, on, args)))
+    }
+
     fn adjoint(&self, _: &mut Graph, _: &Node, _: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         Ok(vec![Grad::Stop("noise levels are given")])
     }
@@ -110,6 +124,14 @@ impl Op for SinePositions {
         }));
     }
 
+    fn kernels(&self, _: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let entry = format!("sine_positions_fwd_{}", lots::suffix(self.dtype, self.dtype)?);
+        let waves = size(outs[0].shape.numel())? / 2;
+        let sizes = [waves, size(self.grid)?, size(self.width)?].map(Arg::U32);
+        let args = [Arg::output(0)].into_iter().chain(sizes).chain([ratio(self.width / 4)]).collect();
+        Ok(lots::single(lots::over(entry, waves, 1, on, args)))
+    }
+
     fn adjoint(&self, _: &mut Graph, _: &Node, _: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         Ok(vec![])
     }
@@ -117,26 +139,85 @@ impl Op for SinePositions {
 
 pub(super) fn cases() -> Vec<Case> {
     // Added to something, so that the result takes the float type under test and a gradient passes.
-    let times = |name, n: usize, width: usize| {
+    let times = |name: String, n: usize, width: usize| {
         let build = move |g: &mut Graph, x: &[Tensor]| {
             let y = g.time_embedding(x[0], width, g.spec(x[1]).dtype);
             vec![g.add(x[1], y)]
         };
         Case::new("time_embedding", name, build).constant([n], Fill::Uniform(0.0, 1000.0)).normal([n, width])
     };
-    let positions = |name, grid: usize, width: usize| {
+    let positions = |name: String, grid: usize, width: usize| {
         let build = move |g: &mut Graph, x: &[Tensor]| {
             let y = g.sine_positions(grid, width, g.spec(x[0]).dtype);
             vec![g.add(x[0], y)]
         };
         Case::new("sine_positions", name, build).normal([grid * grid, width])
     };
-    vec![
-        times("one level", 1, 2),
-        times("7 levels", 7, 26),
-        positions("one patch", 1, 4),
-        positions("5 x 5", 5, 28),
-    ]
+    let small = [
+        times("one level".into(), 1, 2),
+        times("7 levels".into(), 7, 26),
+        positions("one patch".into(), 1, 4),
+        positions("5 x 5".into(), 5, 28),
+    ];
+    let levels =
+        [(1, 8), (2, 6), (3, 256), (5, 64), (11, 34), (13, 128), (17, 2), (31, 100), (64, 256), (127, 512)];
+    let more = [
+        (131, 62),
+        (257, 14),
+        (509, 40),
+        (1021, 18),
+        (2, 1024),
+        (3, 4096),
+        (9001, 62),
+        (4, 10),
+        (6, 12),
+        (9, 20),
+        (10, 22),
+        (19, 24),
+        (23, 28),
+        (29, 30),
+        (37, 72),
+        (53, 96),
+        (71, 200),
+    ];
+    let levels =
+        levels.into_iter().chain(more).map(|(n, width)| times(format!("{n}x{width}"), n, width).large());
+    let grids = [
+        (1, 8),
+        (2, 4),
+        (2, 64),
+        (3, 12),
+        (4, 256),
+        (5, 20),
+        (7, 100),
+        (8, 128),
+        (11, 36),
+        (13, 16),
+        (16, 512),
+    ];
+    let more = [
+        (17, 8),
+        (23, 60),
+        (32, 64),
+        (61, 24),
+        (2, 2048),
+        (131, 36),
+        (6, 8),
+        (9, 16),
+        (10, 24),
+        (12, 32),
+        (14, 40),
+        (19, 48),
+        (29, 44),
+        (31, 52),
+        (37, 16),
+        (41, 20),
+    ];
+    let grids = grids
+        .into_iter()
+        .chain(more)
+        .map(|(n, width)| positions(format!("{n}x{n}, {width}"), n, width).large());
+    small.into_iter().chain(levels).chain(grids).collect()
 }
 
 #[cfg(test)]
