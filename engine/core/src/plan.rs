@@ -125,6 +125,7 @@ impl Plan {
         let mut kernels = Vec::new();
         for n in &nodes {
             kernels.push(match target {
+                Some(_) if is_view(n) => Default::default(),
                 Some(t) => n
                     .op
                     .kernels(&specs(g, &n.ins), &specs(g, &n.outs), t)
@@ -193,6 +194,11 @@ impl Plan {
 
 fn specs(g: &Graph, ts: &[Tensor]) -> Vec<Spec> {
     ts.iter().map(|&t| g.spec(t)).collect()
+}
+
+/// Whether a node moves nothing.
+fn is_view(n: &Node) -> bool {
+    (0..n.outs.len()).all(|o| matches!(n.op.memory(o), Memory::View { .. }))
 }
 
 /// The nodes that an output or a state depends on, in order.
