@@ -657,7 +657,6 @@ struct BackwardQueries {
                     const int key = key0 + slice;
                     dot_rows<D, MI, SLICE>(s, tile + own * BYTES, stage + slice * BYTES);
                     dot_rows<D, MI, SLICE>(ds, grad_tile + own * BYTES, stage + TILE + slice * BYTES);
-                    if (!whole) hide(s, key, seen, -INFINITY), hide(ds, key, seen, 0.0f);
 #pragma unroll
                     for (int i = 0; i < MI; i++)
 #pragma unroll
@@ -671,6 +670,7 @@ struct BackwardQueries {
                                     ds[i][j][e] = p * (ds[i][j][e] - log.y);
                                 }
                         }
+                    if (!whole) hide(ds, key, seen, 0.0f);
                     if (careful && !whole) {
                         set_aside<D, MI, SLICE>(dq, stage + slice * BYTES, [&](int n, int i, int half) {
                             return sees(seen(i, half), key + n);
