@@ -420,11 +420,19 @@ INLINE void prepare(float2* stats, int2* seen, Span* spans, const bf16* o, const
     constexpr int LANES = D / 8, ROWS = THREADS / LANES;
     const int first = blockIdx.x * SPAN, head = blockIdx.y, b = blockIdx.z;
     const u32 padded = gridDim.x * SPAN;
+    const bool idle = cache_of(slots, caches, b) < 0;
+    const auto range_of = [&](int n) {
+        const u64 at = u64(b) * queries + n;
+        return n < int(queries) && !idle ? interval(row_start[at], row_end[at], keys) : make_int2(0, 0);
+    };
 #pragma unroll
     for (int r = 0; r < SPAN; r += ROWS) {
         const int n = first + r + threadIdx.x / LANES;
+        // A query that sees nothing has no numbers, whatever its rows hold.
+        const int2 range = range_of(n);
+        const bool there = range.x < range.y;
         float product = 0.0f;
-        if (n < int(queries)) {
+        if (there) {
             const u64 at = ((u64(b) * queries + n) * heads + head) * D + threadIdx.x % LANES * 8;
             float x[8], y[8];
             unpack(x, load16(o + at));
@@ -435,19 +443,16 @@ INLINE void prepare(float2* stats, int2* seen, Span* spans, const bf16* o, const
         product = warp_reduce<Sum, LANES>(product);
         if (threadIdx.x % LANES == 0) {
             const u64 row = u64(b) * heads + head;
-            const float log_sum = n < int(queries) ? lse[row * queries + n] * LOG2_E : 0.0f;
+            const float log_sum = there ? lse[row * queries + n] * LOG2_E : 0.0f;
             stats[row * padded + n] = make_float2(log_sum, product);
         }
     }
     if (head != 0 || threadIdx.x >= 32) return;
-    const bool idle = cache_of(slots, caches, b) < 0;
     Span span = {0x7fffffff, 0, 0, 0x7fffffff};
 #pragma unroll
     for (int r = 0; r < SPAN; r += 32) {
         const int n = first + r + threadIdx.x;
-        const u64 at = u64(b) * queries + n;
-        const int2 range =
-            n < int(queries) && !idle ? interval(row_start[at], row_end[at], keys) : make_int2(0, 0);
+        const int2 range = range_of(n);
         seen[u64(b) * padded + n] = range;
         span = span.with(Span::of(range));
     }

@@ -164,8 +164,8 @@ impl Attended {
     }
 
     /// Sets of keys: what a query does not see, and one head.
-    fn hidden_keys(&self) -> Vec<(String, Box<dyn Fn(Key) -> bool + '_>)> {
-        let mut all: Vec<(String, Box<dyn Fn(Key) -> bool + '_>)> = vec![];
+    fn hidden_keys(&self) -> Vec<Named<'_, Key>> {
+        let mut all: Vec<Named<'_, Key>> = vec![];
         for query in self.some_queries() {
             let what = format!("that query {} of row {} does not see", query.i, query.b);
             let hidden =
@@ -177,8 +177,8 @@ impl Attended {
     }
 
     /// Sets of queries: what does not see a key, and one head.
-    fn hidden_queries(&self) -> Vec<(String, Box<dyn Fn(Query) -> bool + '_>)> {
-        let mut all: Vec<(String, Box<dyn Fn(Query) -> bool + '_>)> = vec![];
+    fn hidden_queries(&self) -> Vec<Named<'_, Query>> {
+        let mut all: Vec<Named<'_, Query>> = vec![];
         for (slot, j) in self.some_keys() {
             let what = format!("of queries that do not see key {j} of row {slot}");
             let hidden = move |q: Query| !(self.slot(q.b) == Some(slot) && self.interval(q).contains(&j));
@@ -203,6 +203,9 @@ impl Attended {
         [all.len() / 2, all.len() - 1].map(|n| all[n]).into()
     }
 }
+
+/// A set of `T` and what it is.
+type Named<'a, T> = (String, Box<dyn Fn(T) -> bool + 'a>);
 
 /// A query of a head.
 #[derive(Clone, Copy)]

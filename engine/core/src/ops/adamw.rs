@@ -5,6 +5,8 @@
 //! zero, and a zero scale leaves weights, moments and means as they are.
 use super::prelude::*;
 
+mod kernels;
+
 /// What stays the same from step to step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -110,6 +112,10 @@ impl Op for SumSquares {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::sum_squares(ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 2 * ins[1].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -140,6 +146,10 @@ impl Op for Clip {
                 false => T::ZERO,
             };
         });
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], _: &Target) -> Result<Kernels, String> {
+        kernels::clip(ins, self.max_norm)
     }
 }
 
@@ -183,8 +193,14 @@ impl Op for AdamWStep {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::adamw(&self.hyper, ins, outs, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        let moved = traffic(&ins[..outs.len()], outs);
+        // With a master copy the weight is only written.
+        let read = &ins[usize::from(self.master)..outs.len()];
+        let moved = traffic(read, outs);
         Cost { flops: 14 * outs[0].shape.numel() as u64, bytes: moved }
     }
 
@@ -261,6 +277,10 @@ impl Op for Ema {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::ema(ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 3 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -272,7 +292,7 @@ impl Op for Ema {
 
 pub(super) fn cases() -> Vec<Case> {
     let hyper = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let step = move |name: &str, master: bool, n: usize| {
+    let step = move |name: &str, master: bool, n: usize, scale: f64, gradient: Fill| {
         let case = Case::new("adamw", name, move |g, x| {
             let s = AdamWStates { param: x[0], m: x[1], v: x[2], grad: x[3], master: master.then(|| x[6]) };
             vec![g.adamw(hyper, s, x[4], x[5])]
@@ -281,30 +301,69 @@ pub(super) fn cases() -> Vec<Case> {
             .normal([n])
             .single([n], Fill::Normal(0.1))
             .single([n], Fill::Uniform(0.1, 1.0))
-            .single([n], Fill::Normal(1.0))
+            .single([n], gradient)
             .single([3], Fill::Values(vec![0.01, 0.19, 0.0975]))
-            .single([1], Fill::Values(vec![0.5]));
+            .single([1], Fill::Values(vec![scale]));
         if master { case.single([n], Fill::Normal(1.0)) } else { case }.without_gradient()
     };
-    let squares = Case::new("sum_squares", "two chunks", |g, x| vec![g.sum_squares_into(x[0], x[1])])
-        .single([1], Fill::Values(vec![2.0]))
-        .normal([20_011]);
-    let clip = |name: &str, sum: f64| {
-        Case::new("clip", name, |g, x| g.clip(x[0], 1.0).to_vec()).single([1], Fill::Values(vec![sum]))
+    let any = |master: bool, n: usize| {
+        let name = format!("{n}{}", if master { ", master copy" } else { "" });
+        step(&name, master, n, 0.25 + (n % 3) as f64, Fill::Normal(0.1)).large()
     };
-    let ema = Case::new("ema", "decay 0.9", |g, x| vec![g.ema_into(x[0], x[1], x[2], x[3])])
-        .single([37], Fill::Normal(1.0))
-        .normal([37])
-        .single([1], Fill::Values(vec![0.9]))
-        .single([1], Fill::Values(vec![1.0]));
-    vec![
-        step("plain", false, 37),
-        step("master copy", true, 16_411),
-        squares.without_gradient(),
-        clip("long", 16.0).without_gradient(),
-        clip("short", 0.25).without_gradient(),
-        ema.without_gradient(),
-    ]
+    let squares = |name: String, n: usize| {
+        Case::new("sum_squares", name, |g, x| vec![g.sum_squares_into(x[0], x[1])])
+            .single([1], Fill::Values(vec![2.0]))
+            .normal([n])
+            .without_gradient()
+    };
+    let clip = |name: &str, sum: f64| {
+        let build = |g: &mut Graph, x: &[Tensor]| g.clip(x[0], 1.0).to_vec();
+        Case::new("clip", name, build).single([1], Fill::Values(vec![sum])).without_gradient()
+    };
+    // A norm that is not finite is no result to compare.
+    let cut = |name: &str, sum: f64| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.clip(x[0], 3.0)[1]];
+        Case::new("clip", name, build).single([1], Fill::Values(vec![sum])).without_gradient()
+    };
+    let ema = |name: String, n: usize, decay: f64, scale: f64| {
+        Case::new("ema", name, |g, x| vec![g.ema_into(x[0], x[1], x[2], x[3])])
+            .single([n], Fill::Normal(1.0))
+            .normal([n])
+            .single([1], Fill::Values(vec![decay]))
+            .single([1], Fill::Values(vec![scale]))
+            .without_gradient()
+    };
+    let broken = || Fill::Values(vec![1.0, f64::NAN, f64::INFINITY, -2.0, 0.0]);
+    let mut cases = vec![
+        step("plain", false, 37, 0.5, Fill::Normal(1.0)),
+        step("master copy", true, 16_411, 0.5, Fill::Normal(1.0)),
+        step("skipped", false, 43, 0.0, broken()),
+        step("skipped, master copy", true, 1029, 0.0, broken()),
+        squares("two chunks".into(), 20_011),
+        clip("long", 16.0),
+        clip("short", 0.25),
+        clip("nothing", 0.0),
+        clip("tiny", 1e-38),
+        clip("the bound itself", 1.0),
+        cut("infinite", f64::INFINITY),
+        cut("not a number", f64::NAN),
+        cut("below zero", -1.0),
+        cut("huge", 3e38),
+        ema("decay 0.9".into(), 37, 0.9, 1.0),
+        ema("skipped".into(), 41, 0.9, 0.0),
+        ema("at once".into(), 1027, 0.0, 0.5),
+    ];
+    // Every tail, ends of blocks, and more than the grid takes at once.
+    let lengths =
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 31, 61, 64, 127, 251, 509, 768, 1021, 1023, 1024, 1025, 2039, 2047];
+    let longer = [2048, 2049, 3071, 4099, 5003, 8191, 10_007, 16_384, 444_001];
+    for n in lengths.into_iter().chain(longer) {
+        cases.extend([false, true].map(|master| any(master, n)));
+        cases.push(squares(n.to_string(), n).large());
+        cases.push(ema(n.to_string(), n, 0.99, 1.0).large());
+    }
+    cases.push(squares("900_001".into(), 900_001).large());
+    cases
 }
 
 #[cfg(test)]

@@ -24,6 +24,10 @@ impl Graph {
     }
 }
 
+/// Threads of a block, a warp for each row, and blocks that an SM holds.
+const THREADS: u32 = 256;
+const BLOCKS: u32 = 4;
+
 impl Op for CacheAppend {
     fn name(&self) -> &'static str {
         "cache_append"
@@ -51,6 +55,22 @@ impl Op for CacheAppend {
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         real!(outs[0], T => self.run::<T>(ins, &mut outs[0]));
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let (&[slots, capacity, width], &[b, t, columns]) = (ins[0].shape.dims(), ins[1].shape.dims()) else {
+            return Err("the operands are no cache and no rows".into());
+        };
+        if !matches!(ins[0].dtype, DType::Bf16 | DType::F32) {
+            return Err(format!("no kernel writes {:?}; use bf16 or f32, or the CPU device", ins[0]));
+        }
+        let mut args = vec![Arg::output(0), Arg::input(1), Arg::input(2), Arg::input(3)];
+        for n in [b, t, slots, capacity, width, columns, self.columns_at] {
+            args.push(Arg::size(n)?);
+        }
+        let entry = format!("cache_append_rows_{}", ins[0].dtype.name());
+        let grid = [size(b * t)?.div_ceil(THREADS / 32).min(on.sms * BLOCKS), 1, 1];
+        Ok(Kernels { scratch: vec![], launches: vec![Launch::kernel(entry, grid, THREADS, 0, args)] })
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
@@ -89,21 +109,56 @@ impl CacheAppend {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, at: usize, [s, capacity, w]: [usize; 3], slots: &[i32], positions: &[i32]| {
-        let (b, t) = (slots.len(), positions.len() / slots.len());
-        Case::new("cache_append", name, move |g, x| vec![g.cache_append(x[0], x[1], x[2], x[3], at)])
-            .normal([s, capacity, w])
-            .normal([b, t, 2 * w + 1])
-            .ints([b], slots)
-            .ints([b, t], positions)
-            .without_gradient()
+    let wide =
+        |name: String, at: usize, [s, capacity, w]: [usize; 3], columns: usize, places: (&[i32], &[i32])| {
+            let (slots, positions) = places;
+            let (b, t) = (slots.len(), positions.len() / slots.len());
+            Case::new("cache_append", name, move |g, x| vec![g.cache_append(x[0], x[1], x[2], x[3], at)])
+                .normal([s, capacity, w])
+                .normal([b, t, columns])
+                .ints([b], slots)
+                .ints([b, t], positions)
+                .without_gradient()
+        };
+    let case = |name: &str, at: usize, cache: [usize; 3], slots: &[i32], positions: &[i32]| {
+        wide(name.into(), at, cache, 2 * cache[2] + 1, (slots, positions))
     };
     let prompt: Vec<i32> = (0..5 * 31).map(|n| n % 31 - 2).collect();
-    vec![
+    let mut cases = vec![
         case("one token", 0, [1, 1, 1], &[0], &[0]),
         case("unused slots and positions", 3, [3, 5, 2], &[2, -1, 0, 3], &[4, -1, 0, 1, 5, 3, 2, 2]),
         case("prompts", 8, [7, 29, 7], &[6, 1, -1, 3, 0], &prompt),
-    ]
+        // The last of the rows that meet stays, within a batch row and between them.
+        case("meetings", 2, [2, 4, 9], &[1, 0, 1], &[3, 3, 0, 1, 1, 3, 0, 0, 1, 2, 3, 9]),
+        case("all in one place", 1, [1, 2, 8], &[0; 3], &[1; 3 * 70]),
+    ];
+    // Decoding and prompts: rows of whole vectors, of none, and odd ones; idle slots; rows beyond a warp's.
+    let shapes = [
+        ([1, 8, 8], 1, 1, 8, 24),
+        ([2, 16, 16], 2, 1, 16, 48),
+        ([4, 32, 64], 3, 1, 128, 256),
+        ([8, 64, 128], 8, 1, 256, 512),
+        ([5, 17, 32], 5, 1, 31, 95),
+        ([33, 3, 24], 40, 1, 48, 96),
+        ([3, 40, 8], 2, 33, 16, 32),
+        ([2, 64, 256], 2, 64, 256, 768),
+        ([2, 70, 264], 1, 67, 0, 264),
+        ([1, 131, 40], 1, 127, 40, 121),
+        ([4, 10, 12], 4, 8, 12, 36),
+        ([2, 301, 8], 2, 300, 8, 24),
+        ([64, 2, 7], 64, 2, 7, 21),
+        ([6, 5, 1], 7, 3, 2, 3),
+        ([3, 999, 16], 5, 801, 16, 32),
+    ];
+    for (cache, b, t, at, columns) in shapes {
+        let slots: Vec<i32> =
+            (0..b).map(|i| if i % 4 == 3 { -1 } else { (i * 5 % cache[0]) as i32 }).collect();
+        let place = |i: usize| if i % 13 == 12 { -1 } else { (i % t + i / t) as i32 };
+        let positions: Vec<i32> = (0..b * t).map(place).collect();
+        let name = format!("{b}x{t} into {cache:?}");
+        cases.push(wide(name, at, cache, columns, (&slots, &positions)).large());
+    }
+    cases
 }
 
 #[cfg(test)]

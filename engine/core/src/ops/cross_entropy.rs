@@ -2,6 +2,10 @@
 //! batch never exist at once:
 //!   `loss = sum_r (lse[r] - z[r, target r]) / count`,   `z = h w^T`,   `lse = ln sum_v exp z[r, v]`
 use super::prelude::*;
+use crate::tensor::Host;
+
+mod kernels;
+mod plain;
 
 #[derive(Debug)]
 struct CrossEntropy;
@@ -116,6 +120,14 @@ impl Op for CrossEntropy {
         });
     }
 
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        plain::forward(specs, ins)
+    }
+
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::forward(ins, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
         Cost { flops: product, bytes: traffic(ins, outs) }
@@ -175,6 +187,14 @@ impl Op for CrossEntropyBwd {
         });
     }
 
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        plain::backward(specs, ins)
+    }
+
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::backward(ins, outs, self.accumulate, on)
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
         Cost { flops: 3 * product, bytes: traffic(ins, outs) }
@@ -208,10 +228,71 @@ pub(super) fn cases() -> Vec<Case> {
             .ints([r], targets)
             .constant([1], Fill::Values(vec![count]))
     };
-    vec![
+    let mut cases = vec![
         case("one row", 1, 3, 5, &[2], 1.0),
         case("unused rows", 7, 13, 11, &[3, -1, 10, 0, 11, 5, -1], 5.0),
         case("another count", 131, 8, 37, &[0, 5, 36, -1, 7], 40.0),
         case("nothing counted", 3, 4, 8, &[-1], 0.0),
-    ]
+        case("few used, whole vectors", 19, 8, 16, &[3, -1, 15, 0, 16, -7], 9.0),
+    ];
+    // Odd and prime rows and vocabularies, every edge of a tile, of a row's vectors and of its lanes, and more rows
+    // than one chunk has.
+    let large = [
+        (1, 8, 8),
+        (3, 16, 5),
+        (7, 8, 13),
+        (5, 24, 37),
+        (17, 40, 64),
+        (31, 8, 127),
+        (64, 64, 128),
+        (65, 32, 129),
+        (127, 16, 251),
+        (128, 8, 256),
+        (129, 48, 257),
+        (131, 8, 263),
+        (33, 72, 511),
+        (9, 8, 1021),
+        (13, 16, 1032),
+        (5, 8, 2048),
+        (6, 8, 2049),
+        (2, 8, 4099),
+        (3, 24, 5000),
+        (1, 16, 8193),
+        (255, 8, 96),
+        (257, 64, 40),
+        (300, 8, 31),
+        (401, 24, 72),
+        (61, 128, 61),
+        (19, 200, 19),
+        (4, 264, 1000),
+        (523, 8, 17),
+        (1031, 8, 24),
+        (97, 56, 677),
+        (8, 8, 1),
+        (4099, 8, 8),
+        (4111, 16, 11),
+        (8201, 8, 16),
+    ];
+    let random = |r: usize, c: usize, v: usize| {
+        let targets: Vec<i32> = (0..r)
+            .map(|i| match (i % 5, i % 11) {
+                (3, _) => -1,
+                (_, 7) => v as i32,
+                _ => (i * 7919 % v) as i32,
+            })
+            .collect();
+        let count = targets.iter().filter(|&&t| t >= 0 && t < v as i32).count().max(1);
+        Case::new("cross_entropy", format!("{r}x{c}x{v}"), |g, x| {
+            vec![g.cross_entropy(x[0], x[1], x[2], x[3])]
+        })
+        .normal([r, c])
+        .floats([v, c], Fill::Normal(0.5))
+        .ints([r], &targets)
+        .constant([1], Fill::Values(vec![count as f64]))
+        .large()
+    };
+    cases.extend(large.map(|(r, c, v)| random(r, c, v)));
+    let sums = [(7, 16, 24), (67, 8, 131), (130, 40, 64), (4099, 8, 8), (4111, 16, 11), (5, 8, 2051)];
+    cases.extend(sums.map(|(r, c, v)| random(r, c, v).accumulating()));
+    cases
 }

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{agreement, tensor::Host};
 
-mod kernels;
+pub(super) mod kernels;
 
 /// What is applied to the product.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -65,6 +65,13 @@ impl Graph {
     }
 }
 
+/// Threads of a block, elements that a thread takes at once, and blocks that an SM holds.
+const THREADS: u32 = 256;
+const SPAN: u32 = 4;
+const BLOCKS: u32 = 4;
+/// The second extent of a grid.
+const MOST_IMAGES: u32 = 65_535;
+
 impl Op for SamplerUpdate {
     fn name(&self) -> &'static str {
         "sampler_update"
@@ -119,6 +126,27 @@ impl Op for SamplerUpdate {
         });
     }
 
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        if let Some(s) = ins[..4].iter().find(|s| s.dtype != DType::F32) {
+            return Err(format!("pictures are sampled in f32, not {s:?}; cast it"));
+        }
+        let images = ins[5].shape.rows();
+        let numel = ins[0].shape.numel() / images.max(1);
+        let guided = ins[2].shape.numel() > ins[0].shape.numel();
+        let [images, numel] = [size(images)?, size(numel)?];
+        if images > MOST_IMAGES {
+            return Err(format!(
+                "{images} images are more than the kernel's {MOST_IMAGES}; sample fewer at once"
+            ));
+        }
+        let share = (on.sms * BLOCKS).div_ceil(images.max(1));
+        let args = (0..2).map(Arg::output).chain((2..6).map(Arg::input));
+        let args = args.chain([images, numel, guided.into()].map(Arg::U32)).collect();
+        let grid = [numel.div_ceil(THREADS * SPAN).min(share), images, 1];
+        let launch = Launch::kernel("sampler_update_f32", grid, THREADS, 0, args);
+        Ok(Kernels { scratch: vec![], launches: vec![launch] })
+    }
+
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 24 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
@@ -129,7 +157,7 @@ impl Op for SamplerUpdate {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let step = SamplerStep {
+    let full = SamplerStep {
         kx: 1.2,
         kp: -0.7,
         a: 0.8,
@@ -139,9 +167,24 @@ pub(super) fn cases() -> Vec<Case> {
         next: [0.5, 0.4, 0.3, 0.2, 0.1],
         memory: [0.3, 0.2, 0.1],
     };
-    let quiet = SamplerStep { next: [0.5, 0.4, 0.0, 0.0, 0.0], ..step };
-    let rows: Vec<f64> = [step.row(), quiet.row()].concat().iter().map(|&x| f64::from(x)).collect();
-    let case = |name, predictions: usize| {
+    let quiet = SamplerStep { next: [0.5, 0.4, 0.0, 0.0, 0.0], ..full };
+    // What the samplers use: DDIM, ancestral DDPM, and the two stages of Heun.
+    let ddim = SamplerStep { clip: 1e30, next: [0.9, 0.3, 0.0, 0.0, 0.0], memory: [0.0; 3], ..full };
+    let ddpm = SamplerStep { guidance: 1.0, next: [0.2, 0.0, 0.7, 0.3, 0.0], memory: [0.0; 3], ..full };
+    let first = SamplerStep { next: [0.1, 0.1, 1.0, 0.0, 0.0], memory: [-1.0, 1.0, 0.0], ..full };
+    let second = SamplerStep { next: [-0.1, 0.1, 1.0, 0.0, 0.1], memory: [0.0; 3], ..full };
+    let case = |name: String, shape: Vec<usize>, guided: bool, steps: &[SamplerStep]| {
+        let images = shape[0];
+        let rows: Vec<f64> = steps.iter().flat_map(|s| s.row()).map(f64::from).collect();
+        // Documents of more than 32 bits, a step below zero, and steps far along.
+        let key = |i: usize| [i as i32, (i % 3) as i32, [5, 0, -1, 1000, 77_777][i % 5]];
+        let keys: Vec<i32> = (0..images).flat_map(key).collect();
+        let extents = |n: usize| match shape[..] {
+            [_, h, c] => Shape::from([n, h, c]),
+            [_, h, w, c] => Shape::from([n, h, w, c]),
+            _ => Shape::from([n, 1]),
+        };
+        let predictions = if guided { 2 * images } else { images };
         Case::new("sampler_update", name, |g, x| {
             let [a, b] = g.sampler_update(SamplerInputs {
                 x: x[0],
@@ -153,13 +196,43 @@ pub(super) fn cases() -> Vec<Case> {
             });
             vec![a, b]
         })
-        .single([2, 7, 3], Fill::Normal(1.0))
-        .single([2, 7, 3], Fill::Normal(1.0))
-        .single([predictions, 7, 3], Fill::Normal(1.0))
-        .single([2, SamplerStep::WIDTH], Fill::Values(rows.clone()))
+        .single(extents(images), Fill::Normal(1.0))
+        .single(extents(images), Fill::Normal(1.0))
+        .single(extents(predictions), Fill::Normal(1.0))
+        .single([images, SamplerStep::WIDTH], Fill::Values(rows))
         .ints([2], &[3, 4])
-        .ints([2, 3], &[0, 0, 5, 1, 0, 5])
+        .ints([images, 3], &keys)
         .without_gradient()
     };
-    vec![case("plain", 2), case("guided", 4)]
+    let mut cases = vec![
+        case("plain".into(), vec![2, 7, 3], false, &[full, quiet]),
+        case("guided".into(), vec![2, 7, 3], true, &[full, quiet]),
+    ];
+    // Every tail, whole vectors, more than a block takes, more images than rounds of the grid.
+    let shapes: [&[usize]; 16] = [
+        &[1, 1, 1],
+        &[1, 1, 2],
+        &[3, 1, 3],
+        &[2, 2, 2],
+        &[5, 1, 5],
+        &[7, 3, 3],
+        &[1, 11, 13],
+        &[4, 8, 8, 3],
+        &[3, 16, 16, 3],
+        &[2, 17, 16, 4],
+        &[1, 31, 33, 1],
+        &[2, 32, 32, 3],
+        &[1, 64, 61, 4],
+        &[19, 2, 8],
+        &[441, 1, 7],
+        &[600, 2, 2],
+    ];
+    for shape in shapes {
+        for guided in [false, true] {
+            let name = format!("{shape:?}{}", if guided { ", guided" } else { "" });
+            cases.push(case(name, shape.into(), guided, &[ddim, ddpm, first, second, full]).large());
+        }
+    }
+    cases.push(case("a long picture".into(), vec![1, 445_001, 1], false, &[ddpm]).large());
+    cases
 }

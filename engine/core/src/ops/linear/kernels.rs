@@ -97,7 +97,7 @@ impl Product {
 }
 
 /// Refuses what the kernels cannot read.
-fn check(operands: &[Spec], widths: &[usize]) -> Result<(), String> {
+pub(in crate::ops) fn check(operands: &[Spec], widths: &[usize]) -> Result<(), String> {
     if let Some(s) = operands.iter().find(|s| s.dtype != DType::Bf16) {
         return Err(format!("the tensor cores multiply bf16, not {s:?}; cast it, or use the CPU device"));
     }
@@ -138,22 +138,105 @@ pub(super) fn forward(op: &Linear, ins: &[Spec], on: &Target) -> Result<Kernels,
     Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
 }
 
+/// Extents of a product and its gradients: `x [N, K]`, `w [M, K]`.
+pub(in crate::ops) struct Extents {
+    pub n: usize,
+    pub k: usize,
+    pub m: usize,
+}
+
+/// `y = x w^T` alone, of bf16 operands wherever they lie.
+pub(in crate::ops) fn product(
+    y: Arg,
+    x: Arg,
+    w: Arg,
+    e: Extents,
+    on: &Target,
+) -> Result<Vec<Launch>, String> {
+    let product = Product::new(e.n, e.m, e.k)?;
+    let (tile, _) = product.choose(&TILES, 1, on)?;
+    let sizes = [product.rows, product.columns, product.depth, 0, 0].map(Arg::U32);
+    let args = [y, x.clone(), w.clone(), w, x].into_iter().chain(sizes).collect();
+    let entry = format!("linear_fwd_{}_bf16", tile.name);
+    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
+    Ok(product.launches(vec![launch]))
+}
+
+/// `dx = dy w`, of bf16 operands wherever they lie.
+pub(in crate::ops) fn input_gradient(
+    dx: Arg,
+    dy: Arg,
+    w: Arg,
+    e: Extents,
+    on: &Target,
+) -> Result<Vec<Launch>, String> {
+    let product = Product::new(e.n, e.k, e.m)?;
+    let (tile, _) = product.choose(&TILES, 1, on)?;
+    let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
+    let args = [dx, dy, w].into_iter().chain(sizes).collect();
+    let entry = format!("linear_dx_{}_bf16", tile.name);
+    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
+    Ok(product.launches(vec![launch]))
+}
+
+/// Where the gradient of a weight goes.
+pub(in crate::ops) struct WeightGradient {
+    /// Its place.
+    pub to: Arg,
+    /// How it is stored.
+    pub dtype: DType,
+    /// Whether it is added to what is there.
+    pub accumulate: bool,
+    /// A scratch buffer for the parts of a split depth.
+    pub parts: Arg,
+}
+
+/// `dw = dy^T x`, of bf16 operands wherever they lie; and the bytes that its parts take.
+pub(in crate::ops) fn weight_gradient(
+    dw: &WeightGradient,
+    dy: Arg,
+    x: Arg,
+    e: Extents,
+    on: &Target,
+) -> Result<(usize, Vec<Launch>), String> {
+    if !matches!(dw.dtype, DType::Bf16 | DType::F32) {
+        return Err(format!("no kernel sums into {}; use f32", dw.dtype.name()));
+    }
+    let product = Product::new(e.m, e.k, e.n)?;
+    let (tile, parts) = product.choose(&TILES, PARTS, on)?;
+    let sizes = [Arg::U32(product.depth), Arg::U32(product.rows), Arg::U32(product.columns)];
+    let kernel = |entry: String, parts: u32, to: &Arg, last: Arg| {
+        let args =
+            [to.clone(), dy.clone(), x.clone()].into_iter().chain(sizes.clone()).chain([last]).collect();
+        Launch::kernel(entry, [product.tiles(tile), parts, 1], tile.threads, tile.shared, args)
+    };
+    if parts == 1 {
+        let entry = format!("linear_dw_{}_{}", tile.name, dw.dtype.name());
+        let launch = kernel(entry, 1, &dw.to, Arg::U32(dw.accumulate.into()));
+        return Ok((0, product.launches(vec![launch])));
+    }
+    let depth = product.depth.div_ceil(parts).next_multiple_of(STAGE);
+    let parts = product.depth.div_ceil(depth);
+    let entry = format!("linear_dw_split_{}_f32", tile.name);
+    let split = kernel(entry, parts, &dw.parts, Arg::U32(depth));
+    let sum = sum_parts(dw, e.m * e.k, parts)?;
+    Ok((parts as usize * e.m * e.k * 4, product.launches(vec![split, sum])))
+}
+
+/// `dw (+)=` the sum of so many parts of `count` numbers.
+pub(in crate::ops) fn sum_parts(dw: &WeightGradient, count: usize, parts: u32) -> Result<Launch, String> {
+    let count = size(count)?;
+    let sizes = [count, parts, dw.accumulate.into()].map(Arg::U32);
+    let args = [dw.to.clone(), dw.parts.clone()].into_iter().chain(sizes).collect();
+    let entry = format!("linear_dw_sum_{}", dw.dtype.name());
+    Ok(Launch::kernel(entry, [count.div_ceil(SUM_BYTES / dw.dtype.size() as u32), 1, 1], 256, 0, args))
+}
+
 pub(super) fn backward_input(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
     let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
     check(ins, &[k, m])?;
-    let product = Product::new(n, k, m)?;
-    let (tile, _) = product.choose(&TILES, 1, on)?;
-    let args = vec![
-        Arg::output(0),
-        Arg::input(0),
-        Arg::input(1),
-        Arg::U32(product.rows),
-        Arg::U32(product.depth),
-        Arg::U32(product.columns),
-    ];
-    let entry = format!("linear_dx_{}_bf16", tile.name);
-    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
-    Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
+    let [dx, dy, w] = [Arg::output(0), Arg::input(0), Arg::input(1)];
+    Ok(Kernels { scratch: vec![], launches: input_gradient(dx, dy, w, Extents { n, k, m }, on)? })
 }
 
 pub(super) fn backward_weight(
@@ -164,33 +247,11 @@ pub(super) fn backward_weight(
 ) -> Result<Kernels, String> {
     let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
     check(&ins[..2], &[k, m])?;
-    let dw = outs[0].dtype;
-    if !matches!(dw, DType::Bf16 | DType::F32) {
-        return Err(format!("no kernel sums into {}; use f32", dw.name()));
-    }
-    let product = Product::new(m, k, n)?;
-    let (tile, parts) = product.choose(&TILES, PARTS, on)?;
-    let operands = [Arg::input(0), Arg::input(1)];
-    let sizes = [Arg::U32(product.depth), Arg::U32(product.rows), Arg::U32(product.columns)];
-    let accumulate = Arg::U32(accumulate.into());
-    let kernel = |entry: String, parts: u32, to: Arg, last: Arg| {
-        let args = [to].into_iter().chain(operands.clone()).chain(sizes.clone()).chain([last]).collect();
-        Launch::kernel(entry, [product.tiles(tile), parts, 1], tile.threads, tile.shared, args)
-    };
-    if parts == 1 {
-        let entry = format!("linear_dw_{}_{}", tile.name, dw.name());
-        let launch = kernel(entry, 1, Arg::output(0), accumulate);
-        return Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) });
-    }
-    let depth = product.depth.div_ceil(parts).next_multiple_of(STAGE);
-    let parts = product.depth.div_ceil(depth);
-    let count = size(m * k)?;
-    let entry = format!("linear_dw_split_{}_f32", tile.name);
-    let split = kernel(entry, parts, Arg::scratch(0), Arg::U32(depth));
-    let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(count), Arg::U32(parts), accumulate];
-    let entry = format!("linear_dw_sum_{}", dw.name());
-    let sum = Launch::kernel(entry, [count.div_ceil(SUM_BYTES / dw.size() as u32), 1, 1], 256, 0, args);
-    Ok(Kernels { scratch: vec![parts as usize * m * k * 4], launches: product.launches(vec![split, sum]) })
+    let (to, parts) = (Arg::output(0), Arg::scratch(0));
+    let dw = WeightGradient { to, dtype: outs[0].dtype, accumulate, parts };
+    let (bytes, launches) = weight_gradient(&dw, Arg::input(0), Arg::input(1), Extents { n, k, m }, on)?;
+    let scratch = if bytes > 0 { vec![bytes] } else { vec![] };
+    Ok(Kernels { scratch, launches })
 }
 
 #[cfg(test)]

@@ -1,0 +1,113 @@
+//! What `kernels-cu/{adamw,sum_squares,clip,ema}.cu` are launched with.
+use super::super::prelude::*;
+use super::AdamW;
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Blocks that an SM holds at once, as the kernels' launch bounds promise.
+const BLOCKS: u32 = 4;
+/// Elements that a thread takes at once.
+const SPAN: u32 = 4;
+
+/// As many blocks as the machine holds at once, if there are elements for them.
+fn blocks(count: u32, span: u32, on: &Target) -> u32 {
+    count.div_ceil(THREADS * span).min(on.sms * BLOCKS)
+}
+
+fn launch(entry: String, blocks: u32, args: Vec<Arg>) -> Launch {
+    Launch::kernel(entry, [blocks, 1, 1], THREADS, 0, args)
+}
+
+fn only(kernels: Launch) -> Kernels {
+    Kernels { scratch: vec![], launches: vec![kernels] }
+}
+
+/// Refuses what is not stored in f32.
+fn singles(what: &str, specs: &[Spec]) -> Result<(), String> {
+    match specs.iter().find(|s| s.dtype != DType::F32) {
+        Some(s) => Err(format!("{what} are f32 for the kernels, not {s:?}; use f32, or the CPU device")),
+        None => Ok(()),
+    }
+}
+
+/// The name of a dtype that kernels read.
+fn stored(s: Spec) -> Result<&'static str, String> {
+    match s.dtype {
+        DType::Bf16 | DType::F32 => Ok(s.dtype.name()),
+        _ => Err(format!("no kernel reads {s:?}; use bf16 or f32, or the CPU device")),
+    }
+}
+
+pub(super) fn adamw(h: &AdamW, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let states = outs.len();
+    singles("moments, gradients, master copies, schedule and scale", &ins[1..])?;
+    let variant = if states == 5 { "master_" } else { "" };
+    let entry = format!("adamw_step_{variant}{}", stored(ins[0])?);
+    let count = size(ins[0].shape.numel())?;
+    let mut args: Vec<Arg> = (0..states).map(Arg::output).collect();
+    args.extend([Arg::input(states), Arg::input(states + 1), Arg::U32(count)]);
+    args.extend([h.beta1, h.beta2, h.eps, h.weight_decay].map(|x| Arg::F32(x as f32)));
+    Ok(only(launch(entry, blocks(count, SPAN, on), args)))
+}
+
+pub(super) fn sum_squares(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let (sum, x) = (ins[0], ins[1]);
+    singles("sums", &[sum])?;
+    let entry = format!("sum_squares_parts_{}", stored(x)?);
+    let count = size(x.shape.numel())?;
+    let parts = blocks(count, 16 / x.dtype.size() as u32, on);
+    let part_pass = launch(entry, parts, vec![Arg::scratch(0), Arg::input(1), Arg::U32(count)]);
+    let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(parts)];
+    let add_pass = launch("sum_squares_add_f32".into(), parts.min(1), args);
+    Ok(Kernels { scratch: vec![parts as usize * 4], launches: vec![part_pass, add_pass] })
+}
+
+pub(super) fn clip(ins: &[Spec], max_norm: f64) -> Result<Kernels, String> {
+    singles("sums", ins)?;
+    let args = vec![Arg::output(0), Arg::output(1), Arg::input(0), Arg::F32(max_norm as f32)];
+    Ok(only(Launch::kernel("clip_norm_f32", [1; 3], 32, 0, args)))
+}
+
+pub(super) fn ema(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    singles("running means, decay and scale", &[ins[0], ins[2], ins[3]])?;
+    let entry = format!("ema_update_{}", stored(ins[1])?);
+    let count = size(ins[0].shape.numel())?;
+    let args = vec![Arg::output(0), Arg::input(1), Arg::input(2), Arg::input(3), Arg::U32(count)];
+    Ok(only(launch(entry, blocks(count, SPAN, on), args)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(kernels: &Kernels) -> (&str, u32, usize) {
+        let [Launch::Kernel { entry, grid, args, .. }] = &kernels.launches[..] else { panic!("{kernels:?}") };
+        (entry, grid[0], args.len())
+    }
+
+    #[test]
+    fn the_entry_follows_the_weight_and_its_master_copy() {
+        let h = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        let (p, f) = (Spec::new([3, 1000], DType::Bf16), Spec::new([3, 1000], DType::F32));
+        let (schedule, scale) = (Spec::new([3], DType::F32), Spec::new([1], DType::F32));
+        let on = Target::H200;
+        let k = adamw(&h, &[p, f, f, f, f, schedule, scale], &[p, f, f, f, f], &on).unwrap();
+        assert_eq!(one(&k), ("adamw_step_master_bf16", 3, 12));
+        let k = adamw(&h, &[f, f, f, f, schedule, scale], &[f; 4], &on).unwrap();
+        assert_eq!(one(&k), ("adamw_step_f32", 3, 11));
+        let large = Spec::new([1 << 25], DType::F32);
+        let k = ema(&[large, large, scale, scale], &on).unwrap();
+        assert_eq!(one(&k), ("ema_update_f32", 132 * 4, 5));
+        let why = adamw(&h, &[p, p, f, f, schedule, scale], &[p, p, f, f], &on).unwrap_err();
+        assert!(why.contains("f32"), "{why}");
+    }
+
+    #[test]
+    fn sums_have_a_part_for_each_block() {
+        let (sum, x) = (Spec::new([1], DType::F32), Spec::new([2049], DType::Bf16));
+        let k = sum_squares(&[sum, x], &Target::A100).unwrap();
+        assert_eq!((k.scratch[0], k.launches.len()), (2 * 4, 2));
+        let wide = Spec::new([8], DType::F64);
+        assert!(sum_squares(&[sum, wide], &Target::A100).unwrap_err().contains("bf16"));
+    }
+}

@@ -1,0 +1,36 @@
+// The running mean of a tensor, in place.                                         Polyak & Juditsky 1992
+//   mean += (1 - decay) (x - mean)     unless scale is zero
+//
+// entry            grid               block  shared  arguments                   bytes  flops
+// ema_update_bf16  min(N/1024,4*sms)  256    0       mean | x decay scale | N |  10N    3N
+// ema_update_f32   min(N/1024,4*sms)  256    0       mean | x decay scale | N |  12N    3N
+//
+// Needs   tensors 16-byte aligned; any N.
+// Rounds  once, on store; f32.
+#include "common/span.cuh"
+
+constexpr int THREADS = 256;
+
+template <typename T>
+INLINE void update(float* mean, const T* x, const float* decay, const float* scale, u32 count) {
+    if (*scale == 0.0f) return;
+    const float part = 1.0f - *decay;
+    walk<4>(count, [&](u32 at, auto n) {
+        float a[n.value], b[n.value];
+        load_span(a, mean + at);
+        load_span(b, x + at);
+#pragma unroll
+        for (int e = 0; e < n.value; e++) a[e] = fmaf(part, b[e] - a[e], a[e]);
+        store_span(mean + at, a);
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    ema_update_bf16(float* mean, const bf16* x, const float* decay, const float* scale, u32 count) {
+    update(mean, x, decay, scale, count);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    ema_update_f32(float* mean, const float* x, const float* decay, const float* scale, u32 count) {
+    update(mean, x, decay, scale, count);
+}
