@@ -184,7 +184,7 @@ INLINE void set_aside(float (&acc)[MI][D / 8][4], u32 b, const Seen& seen) {
     __syncthreads();
 }
 
-// Whether all results of all threads are finite: as integers, all others are larger.
+// Whether all results of all threads are finite: as integers, all others are larger. A barrier for the block.
 template <int MI, int NI>
 INLINE bool all_finite(const float (&acc)[MI][NI][4]) {
     int largest = 0;
@@ -197,13 +197,12 @@ INLINE bool all_finite(const float (&acc)[MI][NI][4]) {
     return block_reduce<Max, THREADS>(largest, slots_of_warps) < __float_as_int(INFINITY);
 }
 
-// Rounds this warp's rows of a result into shared memory that no other warp touches, and sends them to `to` in
-// whole rows; `rows` of the block's rows exist.
+// Rounds this warp's rows of a result into shared memory that no other warp touches and, since a barrier, nobody
+// reads, and sends them to `to` in whole rows; `rows` of the block's rows exist.
 template <int D, int MI>
 INLINE void send_rows(bf16* to, u64 stride, int rows, const float (&acc)[MI][D / 8][4], u32 tile) {
     constexpr int BYTES = 2 * D, CHUNKS = D / 8;
     const u32 lane = threadIdx.x % 32, first = threadIdx.x / 32 * (16 * MI);
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < MI; i++)
 #pragma unroll
@@ -608,7 +607,6 @@ struct BackwardKeys {
                 step(p, dk, dv, key_tile, value_tile, stage, scale, careful);
             }
             wait_copies<0>();
-            __syncthreads();
             const bool good = all_finite(dk);
             if (careful || (all_finite(dv) && good)) break;
         }

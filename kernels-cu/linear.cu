@@ -95,7 +95,8 @@ struct Factor {
     }
 };
 
-// acc += a b over the depths begin..end, of the block's tile.
+// acc += a b over the depths begin..end, of the block's tile. At the end no copy is under way, and all threads have
+// read the ring.
 template <typename T, typename A, typename B>
 INLINE void multiply(float (&acc)[T::MI][T::NI][4], const A& a, const B& b, int begin, int end, u32 ring) {
     constexpr int SLICES = T::DEPTH / 16;
@@ -147,7 +148,6 @@ INLINE void multiply(float (&acc)[T::MI][T::NI][4], const A& a, const B& b, int 
                 }
         }
     }
-    wait_copies<0>();
 }
 
 // Hands finished rows to `out(row, column, values)`, `Out::WIDTH` columns at a time, through shared memory: the
@@ -162,7 +162,6 @@ INLINE void finish(const float (&acc)[T::MI][T::NI][4], u32 shared, u32 row0, u3
     const auto at = [&](u32 row, u32 group) {
         return stage + row * (STRIDE * 4) + (group ^ (T::WARP == 64 ? group / 8 : row % 2)) * 16;
     };
-    __syncthreads();
 #pragma unroll
     for (int i = 0; i < T::MI; i++) {
 #pragma unroll
