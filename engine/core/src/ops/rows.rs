@@ -321,7 +321,7 @@ pub(super) fn cases() -> Vec<Case> {
         };
         let places: Vec<i32> = (0..r).map(place).collect();
         // 7919 is a prime that divides no n.
-        let own = |i: usize| if i % 5 == 0 || i >= n { -1 } else { (i * 7919 % n) as i32 };
+        let own = |i: usize| if i.is_multiple_of(5) || i >= n { -1 } else { (i * 7919 % n) as i32 };
         let own: Vec<i32> = (0..r).map(own).collect();
         [
             gather(format!("{r} of {n}x{c}"), n, c, &places).large(),
