@@ -153,3 +153,27 @@ fn a_changed_kernel_is_tried_in_place_of_the_shipped_one() {
     let out = try_out("broken.cu", "float rstd = 1.0f", "float rstd = one");
     assert!(text(&out.stderr).contains("\"one\" is undefined"), "{}", text(&out.stderr));
 }
+
+/// The whole model on its kernels, in the simulator with every check, follows the CPU.
+#[test]
+fn a_small_model_trains_on_the_simulator_as_on_the_cpu() {
+    let folder = folder("training");
+    let losses = |device: &str| -> Vec<f64> {
+        let settings = "train --data shapes --steps 3 --set model.hidden_size=64 model.intermediate_size=96 \
+             model.num_hidden_layers=2 model.num_attention_heads=2 model.num_key_value_heads=2 model.head_dim=32 \
+             model.torch_dtype=bfloat16 train.rows=1 train.positions=64 output.log_every=1 \
+             output.validate_every=1000 output.sample_every=1000";
+        let mut command = Command::new(env!("CARGO_BIN_EXE_transfusion"));
+        command.args(settings.split_whitespace()).args(["--device", device, "--out", device]);
+        let out = command.current_dir(&folder).stdin(Stdio::null()).output().unwrap();
+        assert!(out.status.success(), "{device}: {}", text(&out.stderr));
+        let metrics = fs::read_to_string(folder.join(device).join("metrics.jsonl")).unwrap();
+        let records = metrics.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+        records.filter_map(|r| r["grad_norm"].as_f64().and(r["loss"].as_f64())).collect()
+    };
+    let (sim, cpu) = (losses("sim"), losses("cpu"));
+    assert_eq!((sim.len(), cpu.len()), (3, 3));
+    for (sim, cpu) in sim.iter().zip(&cpu) {
+        assert!((sim - cpu).abs() <= 0.02, "{sim} on the simulator, {cpu} on the CPU");
+    }
+}
