@@ -338,7 +338,7 @@ mod tests {
                 let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
                 let size = norm(&mut want.iter().copied().filter(|x| x.is_finite()));
                 let off = norm(&mut plain.to_f64().iter().zip(want).map(|(p, w)| error(*p, *w)));
-                assert!(off <= 0.02 * size.max(1e-2), "{a}: {off:.1e} of {size:.1e}");
+                assert!(off <= 0.03 * size.max(1e-2), "{a}: {off:.1e} of {size:.1e}");
             }
         }
     }
