@@ -3,7 +3,7 @@
 use super::{Code, Draft, Flow, empty_instruction, special};
 use crate::allocate::{Place, Use};
 use crate::counters::Class;
-use crate::exec::arithmetic::{FromWarp, Map1, Map2, Map3, Map3Imm, Map4, Nothing};
+use crate::exec::arithmetic::{Called1, FromWarp, Map1, Map2, Map3, Map3Imm, Map4, Nothing};
 use crate::exec::lane::Lane;
 use crate::exec::{Inst, Instruction, handler};
 use crate::syntax::ast::{Operand, Statement, Type};
@@ -346,6 +346,20 @@ impl<'c, 'a> Builder<'c, 'a> {
         self.inst.a = self.source::<A>(Place::A, 1)?;
         self.destination::<R>(0)?;
         self.run::<Map1<A, R, F>>()
+    }
+
+    /// `d = f(a)` on the first two operands, for what kernels seldom do.
+    pub(super) fn called1<A: Lane, R: Lane, F: Fn(A) -> R + Copy>(&mut self, f: F) -> Parsed<()> {
+        self.expect_operands(2)?;
+        self.inst.a = self.source::<A>(Place::A, 1)?;
+        self.destination::<R>(0)?;
+        self.inst.imm = Called1::<A, R>::pointer(f);
+        match (A::WIDE, R::WIDE) {
+            (false, false) => self.run::<Called1<u32, u32>>(),
+            (false, true) => self.run::<Called1<u32, u64>>(),
+            (true, false) => self.run::<Called1<u64, u32>>(),
+            (true, true) => self.run::<Called1<u64, u64>>(),
+        }
     }
 
     /// `d = f(a, b)` on the first three operands.

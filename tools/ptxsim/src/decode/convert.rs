@@ -20,10 +20,10 @@ enum Round {
 macro_rules! to_integer {
     ($b:expr, $round:expr, $from:ty, $to:ty, |$x:ident| $value:expr) => {
         match $round {
-            Round::Nearest => $b.map1(|$x: $from| $value.round_ties_even() as $to),
-            Round::Zero => $b.map1(|$x: $from| $value.trunc() as $to),
-            Round::Down => $b.map1(|$x: $from| $value.floor() as $to),
-            Round::Up => $b.map1(|$x: $from| $value.ceil() as $to),
+            Round::Nearest => $b.called1(|$x: $from| $value.round_ties_even() as $to),
+            Round::Zero => $b.called1(|$x: $from| $value.trunc() as $to),
+            Round::Down => $b.called1(|$x: $from| $value.floor() as $to),
+            Round::Up => $b.called1(|$x: $from| $value.ceil() as $to),
         }
     };
 }
@@ -47,20 +47,20 @@ macro_rules! float_to_integers {
 
 /// Dispatches on the target of a conversion between integers; narrow targets fill a word by their sign.
 macro_rules! integer_to {
-    ($b:expr, $to:expr, $from:ty) => {
+    ($b:expr, $map:ident, $to:expr, $from:ty) => {
         match $to {
-            U8 => $b.map1(|x: $from| u32::from(x as u8)),
-            S8 => $b.map1(|x: $from| i32::from(x as i8)),
-            U16 | B16 => $b.map1(|x: $from| u32::from(x as u16)),
-            S16 => $b.map1(|x: $from| i32::from(x as i16)),
-            U32 | B32 => $b.map1(|x: $from| x as u32),
-            S32 => $b.map1(|x: $from| x as i32),
-            U64 | B64 => $b.map1(|x: $from| x as u64),
-            S64 => $b.map1(|x: $from| x as i64),
-            F32 => $b.map1(|x: $from| x as f32),
-            F64 => $b.map1(|x: $from| x as f64),
-            F16 => $b.map1(|x: $from| Half(x as f32)),
-            Bf16 => $b.map1(|x: $from| Brain(x as f32)),
+            U8 => $b.$map(|x: $from| u32::from(x as u8)),
+            S8 => $b.$map(|x: $from| i32::from(x as i8)),
+            U16 | B16 => $b.$map(|x: $from| u32::from(x as u16)),
+            S16 => $b.$map(|x: $from| i32::from(x as i16)),
+            U32 | B32 => $b.$map(|x: $from| x as u32),
+            S32 => $b.$map(|x: $from| x as i32),
+            U64 | B64 => $b.$map(|x: $from| x as u64),
+            S64 => $b.$map(|x: $from| x as i64),
+            F32 => $b.$map(|x: $from| x as f32),
+            F64 => $b.$map(|x: $from| x as f64),
+            F16 => $b.$map(|x: $from| Half(x as f32)),
+            Bf16 => $b.$map(|x: $from| Brain(x as f32)),
             _ => $b.unknown(),
         }
     };
@@ -70,12 +70,12 @@ macro_rules! integer_to {
 macro_rules! clamp_to {
     ($b:expr, $to:expr, $from:ty) => {
         match $to {
-            U8 => $b.map1(|x: $from| x.clamp(0 as $from, 255 as $from) as u32),
-            S8 => $b.map1(|x: $from| (x as i64).clamp(-128, 127) as i32),
-            U16 => $b.map1(|x: $from| (x as i64).clamp(0, 65535) as u32),
-            S16 => $b.map1(|x: $from| (x as i64).clamp(-32768, 32767) as i32),
-            U32 => $b.map1(|x: $from| (x as i64).clamp(0, u32::MAX.into()) as u32),
-            S32 => $b.map1(|x: $from| (x as i64).clamp(i32::MIN.into(), i32::MAX.into()) as i32),
+            U8 => $b.called1(|x: $from| x.clamp(0 as $from, 255 as $from) as u32),
+            S8 => $b.called1(|x: $from| (x as i64).clamp(-128, 127) as i32),
+            U16 => $b.called1(|x: $from| (x as i64).clamp(0, 65535) as u32),
+            S16 => $b.called1(|x: $from| (x as i64).clamp(-32768, 32767) as i32),
+            U32 => $b.called1(|x: $from| (x as i64).clamp(0, u32::MAX.into()) as u32),
+            S32 => $b.called1(|x: $from| (x as i64).clamp(i32::MIN.into(), i32::MAX.into()) as i32),
             _ => $b.unknown(),
         }
     };
@@ -137,14 +137,14 @@ impl Builder<'_, '_> {
 
     fn cvt_integer(&mut self, to: Type, from: Type) -> Parsed<()> {
         match from {
-            U8 | B8 => integer_to!(self, to, u8),
-            S8 => integer_to!(self, to, i8),
-            U16 | B16 => integer_to!(self, to, u16),
-            S16 => integer_to!(self, to, i16),
-            U32 | B32 => integer_to!(self, to, u32),
-            S32 => integer_to!(self, to, i32),
-            U64 | B64 => integer_to!(self, to, u64),
-            S64 => integer_to!(self, to, i64),
+            U8 | B8 => integer_to!(self, called1, to, u8),
+            S8 => integer_to!(self, called1, to, i8),
+            U16 | B16 => integer_to!(self, called1, to, u16),
+            S16 => integer_to!(self, called1, to, i16),
+            U32 | B32 => integer_to!(self, map1, to, u32),
+            S32 => integer_to!(self, map1, to, i32),
+            U64 | B64 => integer_to!(self, map1, to, u64),
+            S64 => integer_to!(self, map1, to, i64),
             _ => self.unknown(),
         }
     }

@@ -4,7 +4,7 @@
 use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
-use crate::exec::arithmetic::{Compare, Join, Logic, Select, Split};
+use crate::exec::arithmetic::{CalledCompare, Compare, Join, Logic, Select, Split};
 use crate::exec::lane::{Flushed, Lane};
 use crate::syntax::Parsed;
 use crate::syntax::ast::{Operand, Type};
@@ -129,22 +129,22 @@ macro_rules! by_type {
 
 /// Dispatches on the relation of a comparison.
 macro_rules! relations {
-    ($b:expr, $relation:expr, $lane:ty, |$x:ident| $value:expr) => {{
+    ($b:expr, $compare:ident, $relation:expr, $lane:ty, |$x:ident| $value:expr) => {{
         match $relation {
-            "eq" => compare!($b, $lane, |$x| $value, ==),
-            "ne" => compare!($b, $lane, |$x| $value, !=),
-            "lt" | "lo" => compare!($b, $lane, |$x| $value, <),
-            "le" | "ls" => compare!($b, $lane, |$x| $value, <=),
-            "gt" | "hi" => compare!($b, $lane, |$x| $value, >),
-            "ge" | "hs" => compare!($b, $lane, |$x| $value, >=),
+            "eq" => compare!($b, $compare, $lane, |$x| $value, ==),
+            "ne" => compare!($b, $compare, $lane, |$x| $value, !=),
+            "lt" | "lo" => compare!($b, $compare, $lane, |$x| $value, <),
+            "le" | "ls" => compare!($b, $compare, $lane, |$x| $value, <=),
+            "gt" | "hi" => compare!($b, $compare, $lane, |$x| $value, >),
+            "ge" | "hs" => compare!($b, $compare, $lane, |$x| $value, >=),
             _ => $b.unknown(),
         }
     }};
 }
 
 macro_rules! compare {
-    ($b:expr, $lane:ty, |$x:ident| $value:expr, $op:tt) => {
-        $b.compare(|p: $lane, q: $lane| {
+    ($b:expr, $compare:ident, $lane:ty, |$x:ident| $value:expr, $op:tt) => {
+        $b.$compare(|p: $lane, q: $lane| {
             let (p, q) = ({ let $x = p; $value }, { let $x = q; $value });
             p $op q
         })
@@ -153,10 +153,10 @@ macro_rules! compare {
 
 /// Relations of floats: plain ones are false for NaN but `ne`, which is so too; those with `u` are true for NaN.
 macro_rules! float_relations {
-    ($b:expr, $relation:expr, $lane:ty, |$x:ident| $value:expr) => {{
+    ($b:expr, $compare:ident, $relation:expr, $lane:ty, |$x:ident| $value:expr) => {{
         macro_rules! with {
             (|$p:ident, $q:ident| $e:expr) => {
-                $b.compare(|p: $lane, q: $lane| {
+                $b.$compare(|p: $lane, q: $lane| {
                     let ($p, $q) = (
                         {
                             let $x = p;
@@ -430,32 +430,44 @@ impl Builder<'_, '_> {
             self.inst.mode = join.encode(negated);
         }
         match self.ty()? {
-            B16 | U16 => relations!(self, relation, u16, |x| x),
-            S16 => relations!(self, relation, i16, |x| x),
-            B32 | U32 => relations!(self, relation, u32, |x| x),
-            S32 => relations!(self, relation, i32, |x| x),
-            B64 | U64 => relations!(self, relation, u64, |x| x),
-            S64 => relations!(self, relation, i64, |x| x),
-            F32 if flush => float_relations!(self, relation, Flushed, |x| x.0),
-            F32 => float_relations!(self, relation, f32, |x| x),
-            F64 => float_relations!(self, relation, f64, |x| x),
-            F16 => float_relations!(self, relation, crate::exec::lane::F16, |x| x.0),
-            Bf16 => float_relations!(self, relation, crate::exec::lane::Bf16, |x| x.0),
+            B16 | U16 => relations!(self, called_compare, relation, u16, |x| x),
+            S16 => relations!(self, called_compare, relation, i16, |x| x),
+            B32 | U32 => relations!(self, compare, relation, u32, |x| x),
+            S32 => relations!(self, compare, relation, i32, |x| x),
+            B64 | U64 => relations!(self, compare, relation, u64, |x| x),
+            S64 => relations!(self, compare, relation, i64, |x| x),
+            F32 if flush => float_relations!(self, compare, relation, Flushed, |x| x.0),
+            F32 => float_relations!(self, compare, relation, f32, |x| x),
+            F64 => float_relations!(self, called_compare, relation, f64, |x| x),
+            F16 => float_relations!(self, called_compare, relation, crate::exec::lane::F16, |x| x.0),
+            Bf16 => float_relations!(self, called_compare, relation, crate::exec::lane::Bf16, |x| x.0),
             _ => self.unknown(),
         }
     }
 
     fn compare<A: Lane, F: Fn(A, A) -> bool + Copy>(&mut self, _: F) -> Parsed<()> {
+        self.compared::<A>()?;
+        self.run::<Compare<A, F>>()
+    }
+
+    fn called_compare<A: Lane, F: Fn(A, A) -> bool + Copy>(&mut self, f: F) -> Parsed<()> {
+        self.compared::<A>()?;
+        self.inst.imm = CalledCompare::<A>::pointer(f);
+        if A::WIDE { self.run::<CalledCompare<u64>>() } else { self.run::<CalledCompare<u32>>() }
+    }
+
+    /// The operands of a comparison.
+    fn compared<A: Lane>(&mut self) -> Parsed<()> {
         if let Operand::Pair(first, second) = self.operand(0)? {
             self.inst.d = self.predicate(first)?.0;
-            self.inst.imm = self.predicate(second)?.0.into();
+            self.inst.list = self.predicate(second)?.0;
             self.inst.count = 2;
         } else {
             self.inst.d = self.predicate(self.operand(0)?)?.0;
         }
         self.inst.a = self.source::<A>(Place::A, 1)?;
         self.inst.b = self.source::<A>(Place::B, 2)?;
-        self.run::<Compare<A, F>>()
+        Ok(())
     }
 
     fn selp(&mut self) -> Parsed<()> {

@@ -1,6 +1,6 @@
 //! Lane-wise instructions: closures over the values of one lane, applied to all.
 
-use super::lane::{LANES, Lane};
+use super::lane::{LANES, Lane, lanes};
 use super::{Flow, Inst, Instruction, Machine};
 use std::marker::PhantomData;
 
@@ -28,6 +28,33 @@ impl<A: Lane, R: Lane, F: Fn(A) -> R + Copy> Instruction for Map1<A, R, F> {
             out[l] = f(a[l]);
         }
         x.warp.registers.put(i.d, out, x.active);
+        Flow::Next
+    }
+}
+
+/// `d = f(a)` through a pointer in `imm`, for what kernels seldom do: one small function per form instead of a
+/// loop over the lanes for each.
+pub(crate) struct Called1<A, R>(PhantomData<(A, R)>);
+
+impl<A: Lane, R: Lane> Called1<A, R> {
+    /// The pointer that stands for a closure.
+    pub(crate) fn pointer<F: Fn(A) -> R + Copy>(_: F) -> i64 {
+        fn call<A: Lane, R: Lane, F: Fn(A) -> R + Copy>(a: A::Word) -> R::Word {
+            the::<F>()(A::unpack(a)).pack()
+        }
+        call::<A, R, F> as fn(A::Word) -> R::Word as usize as i64
+    }
+}
+
+impl<A: Lane, R: Lane> Instruction for Called1<A, R> {
+    #[inline(always)]
+    unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
+        // SAFETY: the decoder put the result of `pointer` for the same words here.
+        let f = unsafe { std::mem::transmute::<usize, fn(A::Word) -> R::Word>(i.imm as usize) };
+        for l in lanes(x.active) {
+            let word = f(x.warp.registers.words::<A>(i.a)[l]);
+            x.warp.registers.words_mut::<R>(i.d)[l] = word;
+        }
         Flow::Next
     }
 }
@@ -154,7 +181,7 @@ impl Join {
     }
 }
 
-/// `d|list[0] = f(a, b) join c`: comparisons into predicates
+/// `d|list = f(a, b) join c`: comparisons into predicates
 pub(crate) struct Compare<A, F>(PhantomData<(A, F)>);
 
 impl<A: Lane, F: Fn(A, A) -> bool + Copy> Instruction for Compare<A, F> {
@@ -166,12 +193,44 @@ impl<A: Lane, F: Fn(A, A) -> bool + Copy> Instruction for Compare<A, F> {
         for l in 0..LANES {
             bits |= u32::from(f(a[l], b[l])) << l;
         }
-        let other = x.warp.registers.predicate(i.c);
-        x.warp.registers.put_predicate(i.d, Join::apply(i.mode, bits, other), x.active);
-        if i.count == 2 {
-            x.warp.registers.put_predicate(i.imm as u32, Join::apply(i.mode, !bits, other), x.active);
+        put_comparison(x, i, bits)
+    }
+}
+
+#[inline(always)]
+fn put_comparison(x: &mut Machine<'_>, i: &Inst, bits: u32) -> Flow {
+    let other = x.warp.registers.predicate(i.c);
+    x.warp.registers.put_predicate(i.d, Join::apply(i.mode, bits, other), x.active);
+    if i.count == 2 {
+        x.warp.registers.put_predicate(i.list, Join::apply(i.mode, !bits, other), x.active);
+    }
+    Flow::Next
+}
+
+/// [`Compare`] through a pointer in `imm`, for types that kernels seldom compare.
+pub(crate) struct CalledCompare<A>(PhantomData<A>);
+
+impl<A: Lane> CalledCompare<A> {
+    /// The pointer that stands for a closure.
+    pub(crate) fn pointer<F: Fn(A, A) -> bool + Copy>(_: F) -> i64 {
+        fn call<A: Lane, F: Fn(A, A) -> bool + Copy>(a: A::Word, b: A::Word) -> bool {
+            the::<F>()(A::unpack(a), A::unpack(b))
         }
-        Flow::Next
+        call::<A, F> as fn(A::Word, A::Word) -> bool as usize as i64
+    }
+}
+
+impl<A: Lane> Instruction for CalledCompare<A> {
+    #[inline(always)]
+    unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
+        // SAFETY: the decoder put the result of `pointer` for the same words here.
+        let f = unsafe { std::mem::transmute::<usize, fn(A::Word, A::Word) -> bool>(i.imm as usize) };
+        let mut bits = 0;
+        for l in lanes(x.active) {
+            let (a, b) = (x.warp.registers.words::<A>(i.a)[l], x.warp.registers.words::<A>(i.b)[l]);
+            bits |= u32::from(f(a, b)) << l;
+        }
+        put_comparison(x, i, bits)
     }
 }
 
