@@ -70,7 +70,7 @@ pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bo
 /// packs the right factor again. That costs less than to pass it between the caches of processors. No
 /// sum crosses pieces, so how many there are changes no bit.
 pub fn piece_rows(m: usize) -> usize {
-    m.div_ceil(rayon::current_num_threads()).max(2 * SHORT).next_multiple_of(SHORT)
+    m.div_ceil(rayon::current_num_threads()).next_multiple_of(PIECE)
 }
 
 /// As [`matmul`], on this thread; for some rows of a product of more than [`FEW`].
@@ -80,17 +80,15 @@ pub fn piece_rows(m: usize) -> usize {
 pub fn matmul_rows<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool, cpu: &Cpu) {
     assert!(a.cols == b.rows, "inner dimensions {} and {}", a.cols, b.rows);
     let c = &mut c[..a.rows * b.cols];
-    let strips = if a.col_stride == 1 { 0 } else { a.rows.div_ceil(TALL) * STRIP * DEPTH };
-    cpu.scratch(DEPTH * panel::<T>() + strips, |spare: &mut [T]| {
-        let (packed, strips) = spare.split_at_mut(DEPTH * panel::<T>());
+    let strips = if a.col_stride == 1 { 0 } else { a.rows.div_ceil(SHORT) * STRIP * DEPTH };
+    cpu.scratch(DEPTH * PANEL + strips, |spare: &mut [T]| {
+        let (packed, strips) = spare.split_at_mut(DEPTH * PANEL);
         pulp::Arch::new().dispatch(Product { c, a, b, accumulate, packed, strips });
     });
 }
 
-/// Columns of a panel: two vectors of the AVX2 kind.
-fn panel<T: Real>() -> usize {
-    if T::DTYPE == DType::F64 { 8 } else { 16 }
-}
+/// Most columns of a panel.
+const PANEL: usize = 32;
 
 /// A few rows: columns are shared out among threads.
 fn few<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool) {
@@ -153,12 +151,12 @@ fn pack_panel<T: Real, const W: usize>(b: Mat<'_, T>, from: usize, at: usize, to
     }
 }
 
-/// Rows of a tile on a processor with AVX2.
+/// Rows of a tile on a processor with AVX2, the fewest of all but those without vectors.
 const SHORT: usize = 6;
-/// Most rows of a tile.
-const TALL: usize = 12;
-/// Such rows padded to whole vectors.
-const STRIP: usize = 16;
+/// Most rows of a tile, padded to whole vectors.
+const STRIP: usize = 8;
+/// Pieces are whole tiles on every processor but for the last.
+const PIECE: usize = 24;
 
 /// Some rows of a product.
 struct Product<'a, 'b, T> {
@@ -175,13 +173,13 @@ struct Product<'a, 'b, T> {
 impl<T: Real> pulp::WithSimd for Product<'_, '_, T> {
     type Output = ();
 
-    /// A tile of `R` rows takes `R N` registers: 12 of the 16 of AVX2, 12 of the 32 of AVX-512, 16 of
-    /// the 32 of Neon.
+    /// A tile of `R` rows and `N` vectors takes `R N` registers: 12 of the 16 of AVX2, 16 of the 32 of AVX-512 and
+    /// of Neon.
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
         match S::F32_LANES {
-            16 => self.run::<S, TALL, STRIP, 1>(simd),
-            8 => self.run::<S, SHORT, 8, 2>(simd),
+            16 => self.run::<S, 8, STRIP, 2>(simd),
+            8 => self.run::<S, SHORT, STRIP, 2>(simd),
             4 => self.run::<S, 4, 4, 4>(simd),
             _ if T::DTYPE == DType::F64 => self.run::<S, 2, 2, 8>(simd),
             _ => self.run::<S, 2, 2, 16>(simd),
@@ -193,7 +191,7 @@ impl<T: Real> Product<'_, '_, T> {
     #[inline(always)]
     fn run<S: pulp::Simd, const R: usize, const P: usize, const N: usize>(self, simd: S) {
         let Product { c, a, b, mut accumulate, packed, strips } = self;
-        let (n, width) = (b.cols, panel::<T>());
+        let (n, width) = (b.cols, size_of::<[T::Vector<S>; N]>() / size_of::<T>());
         if a.cols == 0 && !accumulate {
             c.fill(T::ZERO);
         }
@@ -205,9 +203,10 @@ impl<T: Real> Product<'_, '_, T> {
             }
             for j in (0..n).step_by(width) {
                 let packed = &mut packed[..depth * width];
-                match T::DTYPE {
-                    DType::F64 => pack_panel(b, from, j, packed.as_chunks_mut::<8>().0),
-                    _ => pack_panel(b, from, j, packed.as_chunks_mut::<16>().0),
+                match width {
+                    8 => pack_panel(b, from, j, packed.as_chunks_mut::<8>().0),
+                    16 => pack_panel(b, from, j, packed.as_chunks_mut::<16>().0),
+                    _ => pack_panel(b, from, j, packed.as_chunks_mut::<PANEL>().0),
                 }
                 let panel = bytemuck::cast_slice::<T, T::Vector<S>>(packed).as_chunks::<N>().0;
                 for i in (0..a.rows).step_by(R) {
@@ -307,7 +306,7 @@ fn store<T: Real, S: pulp::Simd, const N: usize>(
     sum: &[T::Vector<S>; N],
     accumulate: bool,
 ) {
-    if c.len() == panel::<T>() {
+    if c.len() == size_of_val(sum) / size_of::<T>() {
         let c = bytemuck::cast_slice_mut::<T, T::Vector<S>>(c);
         for (c, sum) in c.iter_mut().zip(sum) {
             *c = if accumulate { T::fma(simd, T::splat(simd, T::ONE), *c, *sum) } else { *sum };
@@ -380,7 +379,7 @@ mod tests {
         let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
         let mut want = vec![T::ZERO; m * n];
         matmul(&mut want, a, b, false, &Cpu::default());
-        let (mut have, mut packed) = (vec![T::ZERO; m * n], vec![T::ZERO; DEPTH * panel::<T>()]);
+        let (mut have, mut packed) = (vec![T::ZERO; m * n], vec![T::ZERO; DEPTH * PANEL]);
         let product = Product { c: &mut have, a, b, accumulate: false, packed: &mut packed, strips: &mut [] };
         pulp::WithSimd::with_simd(product, pulp::Scalar::new());
         assert_eq!(have, want);
