@@ -7,7 +7,7 @@
 //! counts as much as the rounding of its result. A row is the innermost dimension. Integers agree if they
 //! are equal.
 use crate::{
-    cases::{Case, Fill, contents},
+    cases::{self, Case, Fill, contents},
     device::{CpuDevice, CpuOptions, Device, Place, PlanId},
     error::{Error, Result},
     graph::{Graph, Role},
@@ -16,7 +16,11 @@ use crate::{
     plan::Plan,
     tensor::{DType, Host, Spec, Tensor},
 };
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::{Arc, LazyLock},
+};
 
 /// One application of an op to given numbers.
 #[derive(Clone, Debug)]
@@ -72,7 +76,7 @@ impl fmt::Display for Worst {
 }
 
 /// Every application of an op in the program of a case, forward and backward, when floats are stored as
-/// `float`. Views are left out. What one yields to the next is computed on `device`, or on the CPU where
+/// `float`. Left out are views, and ops that have a case table of their own and only help here. What one yields to the next is computed on `device`, or on the CPU where
 /// that lacks a kernel.
 ///
 /// # Errors
@@ -90,11 +94,20 @@ pub fn applications(case: &Case, float: DType, device: &mut dyn Device) -> Resul
             other => other?,
         };
         values.extend(node.outs.iter().copied().zip(outs));
-        if !(0..node.outs.len()).all(|o| matches!(node.op.memory(o), Memory::View { .. })) {
+        let view = (0..node.outs.len()).all(|o| matches!(node.op.memory(o), Memory::View { .. }));
+        if !view && !asked_elsewhere(case.op, node.op.name()) {
             all.push(application);
         }
     }
     Ok(all)
+}
+
+/// Whether not this case table but another one is about an op or its gradient.
+fn asked_elsewhere(table: &str, op: &str) -> bool {
+    static TABLES: LazyLock<HashSet<&str>> = LazyLock::new(|| cases::all().iter().map(|c| c.op).collect());
+    let about =
+        |table: &str| op.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
+    !about(table) && TABLES.iter().any(|t| about(t))
 }
 
 /// What the host writes before a run: the case's inputs, and random gradients to start from.
@@ -216,7 +229,9 @@ impl Application {
 impl fmt::Display for Application {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.op.name())?;
-        self.specs.iter().try_for_each(|s| write!(f, " {s:?}"))
+        self.specs.iter().try_for_each(|s| write!(f, " {s:?}"))?;
+        write!(f, " ->")?;
+        self.op.infer(&self.specs).unwrap_or_default().iter().try_for_each(|s| write!(f, " {s:?}"))
     }
 }
 

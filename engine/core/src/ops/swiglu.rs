@@ -3,6 +3,7 @@
 //! Gate and up lie interleaved, `x[n, 2f]` and `x[n, 2f + 1]`, so that the two meet in one register
 //! of the product that made them.
 use super::{lots, prelude::*};
+use crate::ops::linear::{Activation, Epilogue};
 
 #[derive(Debug)]
 pub(super) struct SwiGlu;
@@ -245,7 +246,18 @@ pub(super) fn cases() -> Vec<Case> {
         (1031, 7),
         (1201, 264),
         (2207, 515),
+        (71, 6),
+        (3, 2),
+        (4099, 1),
     ];
-    let large = large.into_iter().map(|(n, f)| case(n, f).large());
-    small.into_iter().map(|(n, f)| case(n, f)).chain(large).chain([steep.large()]).collect()
+    // SiLU is no op of its own forward: it follows a product.
+    let silu = large.map(|(n, f)| {
+        let e = Epilogue { activation: Activation::Silu, ..Default::default() };
+        Case::new("silu", format!("{n}x{}", 8 * f), move |g, x| vec![g.linear(x[0], x[1], e)])
+            .normal([n, 8])
+            .normal([8 * f, 8])
+            .large()
+    });
+    let swiglu = large.into_iter().map(|(n, f)| case(n, f).large()).chain([steep.large()]);
+    small.into_iter().map(|(n, f)| case(n, f)).chain(swiglu).chain(silu).collect()
 }
