@@ -4,7 +4,11 @@
 mod attended;
 mod rows;
 
-use std::{collections::HashSet, iter, ops::Range};
+use std::{
+    collections::{BTreeMap, HashSet},
+    iter,
+    ops::Range,
+};
 use transfusion_core::{
     Error,
     agreement::{self, Application, Expected},
@@ -107,10 +111,13 @@ impl Exam {
         Exam { questions, secrets }
     }
 
-    /// Different applications of this op that are asked about.
-    pub fn shapes(&self, op: &str) -> usize {
-        let of_op = self.questions.iter().filter(|q| q.application.op.name() == op);
-        of_op.map(|q| q.application.to_string()).collect::<HashSet<_>>().len()
+    /// The ops that are asked about, and how many different applications of each.
+    pub fn shapes(&self) -> BTreeMap<&'static str, usize> {
+        let mut all: BTreeMap<&str, HashSet<String>> = BTreeMap::new();
+        for Question { application, .. } in &self.questions {
+            all.entry(application.op.name()).or_default().insert(application.to_string());
+        }
+        all.into_iter().map(|(op, different)| (op, different.len())).collect()
     }
 
     /// What is wrong with these kernels, where they stand in for the shipped ones; looked for as it is asked
