@@ -12,7 +12,7 @@
 //
 // Needs   tensors 16-byte aligned; any N. With a master copy param is only written.
 // Rounds  moments and weight once, on store; f32.
-#include "common/span.cuh"
+#include "common/lots.cuh"
 
 constexpr int THREADS = 256;
 
@@ -22,32 +22,32 @@ INLINE void step(W* weight, P* copy, float* first, float* second, float* grad, c
                  u32 count, float beta1, float beta2, float eps, float decay) {
     const float factor = *scale;
     if (factor == 0.0f) {
-        walk<4>(count, [&](u32 at, auto n) {
-            const float zeros[n.value] = {};
-            store_span(grad + at, zeros);
+        for_lots<4>(count, [&](auto lot, u32 at) {
+            const float zeros[lot.SIZE] = {};
+            store(grad + at, zeros);
         });
         return;
     }
     const float rate = schedule[0] / schedule[1], keep = 1.0f - schedule[0] * decay, root = 1.0f / sqrtf(schedule[2]);
-    walk<4>(count, [&](u32 at, auto n) {
-        float w[n.value], m[n.value], v[n.value], g[n.value];
-        load_span(w, weight + at);
-        load_span(m, first + at);
-        load_span(v, second + at);
-        load_span(g, grad + at);
+    for_lots<4>(count, [&](auto lot, u32 at) {
+        float w[lot.SIZE], m[lot.SIZE], v[lot.SIZE], g[lot.SIZE];
+        load(w, weight + at);
+        load(m, first + at);
+        load(v, second + at);
+        load(g, grad + at);
 #pragma unroll
-        for (int e = 0; e < n.value; e++) {
+        for (int e = 0; e < lot.SIZE; e++) {
             const float d = g[e] * factor;
             m[e] = beta1 * m[e] + (1.0f - beta1) * d;
             v[e] = beta2 * v[e] + (1.0f - beta2) * d * d;
             w[e] = keep * w[e] - rate * m[e] / (sqrtf(v[e]) * root + eps);
             g[e] = 0.0f;
         }
-        store_span(weight + at, w);
-        if (copy != nullptr) store_span(copy + at, w);
-        store_span(first + at, m);
-        store_span(second + at, v);
-        store_span(grad + at, g);
+        store(weight + at, w);
+        if (copy != nullptr) store(copy + at, w);
+        store(first + at, m);
+        store(second + at, v);
+        store(grad + at, g);
     });
 }
 

@@ -8,7 +8,7 @@
 // cache_append_rows_f32   min(BT/8,4*sms)  256    0       cache | src slots positions | B T S P W C at |  8BTW
 //
 // Needs   tensors 16-byte aligned; any sizes. C is the width of a row of src.
-#include "common/span.cuh"
+#include "common/pack.cuh"
 
 constexpr int THREADS = 256;
 

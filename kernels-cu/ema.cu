@@ -7,7 +7,7 @@
 //
 // Needs   tensors 16-byte aligned; any N.
 // Rounds  once, on store; f32.
-#include "common/span.cuh"
+#include "common/lots.cuh"
 
 constexpr int THREADS = 256;
 
@@ -15,13 +15,13 @@ template <typename T>
 INLINE void update(float* mean, const T* x, const float* decay, const float* scale, u32 count) {
     if (*scale == 0.0f) return;
     const float part = 1.0f - *decay;
-    walk<4>(count, [&](u32 at, auto n) {
-        float a[n.value], b[n.value];
-        load_span(a, mean + at);
-        load_span(b, x + at);
+    for_lots<4>(count, [&](auto lot, u32 at) {
+        float a[lot.SIZE], b[lot.SIZE];
+        load(a, mean + at);
+        load(b, x + at);
 #pragma unroll
-        for (int e = 0; e < n.value; e++) a[e] = fmaf(part, b[e] - a[e], a[e]);
-        store_span(mean + at, a);
+        for (int e = 0; e < lot.SIZE; e++) a[e] = fmaf(part, b[e] - a[e], a[e]);
+        store(mean + at, a);
     });
 }
 

@@ -9,8 +9,8 @@
 //
 // Needs   tensors 16-byte aligned; any size.
 // Rounds  every product and every sum, as the host does; f32.
-#include "common/philox.cuh"
-#include "common/span.cuh"
+#include "common/lots.cuh"
+#include "common/random.cuh"
 
 constexpr int THREADS = 256;
 
@@ -45,7 +45,7 @@ INLINE Step load_step(Stream& stream, u32& first, const float* steps, const u32*
     if (t < 2) words[t] = seed[t];
     if (t >= 2 && t < 5) words[t] = keys[image * 3 + t - 2];
     __syncthreads();
-    stream = {{words[0], words[1]}, SAMPLER, {words[2], words[3]}};
+    stream = {{words[0], words[1]}, PURPOSE_SAMPLER, {words[2], words[3]}};
     // Blocks of four are counted in the 30 bits that elements leave them.
     first = u32(max(int(words[4]), 0)) * quads & 0x3fffffffu;
     return {row[0], row[1], row[2], row[3], row[4], row[5], {row[6], row[7], row[8], row[9], row[10]}, {row[11], row[12], row[13]}};
@@ -55,14 +55,14 @@ template <int N>
 INLINE void update(float* x, float* memory, const float* with, const float* without, bool guided, const Step& step,
                    const float* z) {
     float a[N], m[N], c[N], u[N] = {};
-    load_span(a, x);
-    load_span(m, memory);
-    load_span(c, with);
-    if (guided) load_span(u, without);
+    load(a, x);
+    load(m, memory);
+    load(c, with);
+    if (guided) load(u, without);
 #pragma unroll
     for (int e = 0; e < N; e++) step.apply(a[e], m[e], c[e], u[e], guided, z[e]);
-    store_span(x, a);
-    store_span(memory, m);
+    store(x, a);
+    store(memory, m);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const Step step = load_step(stream, first, steps, seed, keys, quads);
     for (u32 q = blockIdx.x * THREADS + threadIdx.x; q < quads; q += gridDim.x * THREADS) {
         float z[4] = {};
-        if (step.next[3] != 0.0f) stream.normals(z, first + q);
+        if (step.next[3] != 0.0f) normals(z, stream, first + q);
         const u64 at = base + q * 4;
         const float *with = prediction + at, *without = with + behind;
         if (numel % 4 == 0) {

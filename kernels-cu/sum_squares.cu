@@ -10,7 +10,7 @@
 // Needs   x 16-byte aligned; any N.
 // Rounds  sums in f32, fixed order (deterministic for a grid).
 #include "common/reduce.cuh"
-#include "common/span.cuh"
+#include "common/lots.cuh"
 
 constexpr int THREADS = 256;
 
@@ -18,11 +18,11 @@ template <typename T>
 INLINE void add_parts(float* parts, const T* x, u32 count) {
     // A sum for each place in a vector: short chains, and few roundings.
     float sums[WIDTH<T>] = {};
-    walk<WIDTH<T>>(count, [&](u32 at, auto n) {
-        float v[n.value];
-        load_span(v, x + at);
+    for_lots<WIDTH<T>>(count, [&](auto lot, u32 at) {
+        float v[lot.SIZE];
+        load(v, x + at);
 #pragma unroll
-        for (int e = 0; e < n.value; e++) sums[e] = fmaf(v[e], v[e], sums[e]);
+        for (int e = 0; e < lot.SIZE; e++) sums[e] = fmaf(v[e], v[e], sums[e]);
     });
 #pragma unroll
     for (int width = WIDTH<T> / 2; width > 0; width /= 2)

@@ -89,22 +89,23 @@ pub fn simulator(target: Target, schedule: usize, kernels: &[Module]) -> SimDevi
     SimDevice::new(SimOptions { target, simulation, kernels: kernels.to_vec() }).unwrap()
 }
 
-/// Every fault that the exam of `op` finds in these kernels, where they stand in for the shipped ones.
-pub fn faults(op: &str, kernels: &[Module]) -> Vec<String> {
-    Exam::new(op).faults(kernels).collect()
+/// Every fault that the exam of a module finds in these kernels, where they stand in for the shipped ones.
+pub fn faults(stem: &str, kernels: &[Module]) -> Vec<String> {
+    Exam::new(stem).faults(kernels).collect()
 }
 
 impl Exam {
-    /// The exam of the kernels of `op` and of its gradient.
+    /// The exam of a module of kernels: of its ops and their gradients.
     ///
     /// # Panics
     /// If a case is refused.
-    pub fn new(op: &str) -> Exam {
-        let mut questions: Vec<Question> =
-            cases::all().iter().filter(|c| c.op == op).flat_map(|c| questions(op, c)).collect();
+    pub fn new(stem: &str) -> Exam {
+        let tables = tables(stem);
+        let about = |c: &&Case| tables.contains(&c.op);
+        let mut questions: Vec<Question> = cases::all().iter().filter(about).flat_map(questions).collect();
         // The small first: a fault shows soon.
         questions.sort_by_key(Question::flops);
-        let secrets = match op {
+        let secrets = match stem {
             "attention" => attended::secrets(),
             _ => questions.iter().filter(|q| q.flops() <= SECRET_FLOPS).filter_map(rows::secret).collect(),
         };
@@ -154,12 +155,22 @@ impl Exam {
     }
 }
 
-/// What a case asks of an op and its gradient, on every storage type that there are kernels for.
-fn questions(op: &str, case: &Case) -> Vec<Question> {
-    let own = |a: &Application| {
-        a.op.name().strip_prefix(op).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
-            && !matches!(a.plan(Some(&TARGETS[0])), Err(Error::NoKernel { .. }))
-    };
+/// The case tables that a module is held under.
+fn tables(stem: &str) -> Vec<&str> {
+    match stem {
+        "attention_decode" => vec!["attention"],
+        "linear_few" => vec!["linear"],
+        "gather_rows" => vec!["gather_rows", "embedding"],
+        "patchify" => vec!["patchify", "unpatchify"],
+        "swiglu" => vec!["swiglu", "silu"],
+        "time_embedding" => vec!["time_embedding", "sine_positions"],
+        _ => vec![stem],
+    }
+}
+
+/// What a case asks of its op and the gradient, on every storage type that there are kernels for.
+fn questions(case: &Case) -> Vec<Question> {
+    let own = |a: &Application| !matches!(a.plan(Some(&TARGETS[0])), Err(Error::NoKernel { .. }));
     let of = |float| agreement::applications(case, float, &mut agreement::cpu().unwrap()).unwrap();
     let all = [DType::Bf16, DType::F32].into_iter().flat_map(of).filter(own);
     all.map(|application| {

@@ -3,7 +3,7 @@
 #include "waves.cuh"
 
 // What a stream is for; as `Purpose` of the engine.
-constexpr u32 PURPOSE_NOISE = 5;
+constexpr u32 PURPOSE_NOISE = 5, PURPOSE_SAMPLER = 7;
 
 // The random numbers of one (seed, purpose, document).
 struct Stream {
@@ -41,8 +41,8 @@ INLINE void box_muller(float& a, float& b, u32 radius, u32 angle) {
     const float r = sqrtf(fmaxf(-2.0f * natural_log(u), 0.0f));
     const float turn = float(angle >> 8) * (1.0f / 16777216.0f), quarter = floorf(fmaf(turn, 4.0f, 0.5f));
     const Wave w = quarter_wave(fmaf(quarter, -0.25f, turn), u32(quarter));
-    a = r * w.cos;
-    b = r * w.sin;
+    a = __fmul_rn(r, w.cos);
+    b = __fmul_rn(r, w.sin);
 }
 
 // Four standard normals: those of elements 4 `block` and the next of a stream.

@@ -76,7 +76,7 @@ impl fmt::Display for Worst {
 }
 
 /// Every application of an op in the program of a case, forward and backward, when floats are stored as
-/// `float`. Left out are views, and ops that have a case table of their own and only help here. What one yields to the next is computed on `device`, or on the CPU where
+/// `float`. Left out are views, and ops that only help here and have a case table of their own. What one yields to the next is computed on `device`, or on the CPU where
 /// that lacks a kernel.
 ///
 /// # Errors
@@ -84,6 +84,7 @@ impl fmt::Display for Worst {
 pub fn applications(case: &Case, float: DType, device: &mut dyn Device) -> Result<Vec<Application>> {
     let g = case.graph(float, case.differentiable)?;
     let mut values = given(case, float, &g);
+    let named = g.nodes().iter().any(|n| about(case.op, n.op.name()));
     let mut all = Vec::new();
     for node in g.nodes() {
         let ins = node.ins.iter().filter_map(|t| values.get(t).cloned()).collect();
@@ -95,19 +96,22 @@ pub fn applications(case: &Case, float: DType, device: &mut dyn Device) -> Resul
         };
         values.extend(node.outs.iter().copied().zip(outs));
         let view = (0..node.outs.len()).all(|o| matches!(node.op.memory(o), Memory::View { .. }));
-        if !view && !asked_elsewhere(case.op, node.op.name()) {
+        if !view && !(named && asked_elsewhere(case.op, node.op.name())) {
             all.push(application);
         }
     }
     Ok(all)
 }
 
-/// Whether not this case table but another one is about an op or its gradient.
+/// Whether a case table is about an op or its gradient.
+fn about(table: &str, op: &str) -> bool {
+    op.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+}
+
+/// Whether not this table but another one is about an op.
 fn asked_elsewhere(table: &str, op: &str) -> bool {
     static TABLES: LazyLock<HashSet<&str>> = LazyLock::new(|| cases::all().iter().map(|c| c.op).collect());
-    let about =
-        |table: &str| op.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
-    !about(table) && TABLES.iter().any(|t| about(t))
+    !about(table, op) && TABLES.iter().any(|t| about(t, op))
 }
 
 /// What the host writes before a run: the case's inputs, and random gradients to start from.

@@ -957,10 +957,20 @@ fn packed_case(name: &str, heads: Heads, batch: usize, t: usize, mask: Mask) -> 
 
 /// Queries of `width` columns over 5 caches of 19 positions.
 fn cached_case(name: &str, heads: Heads, queries: usize, width: usize, slots: &[i32]) -> Case {
-    let (batch, kv) = (slots.len(), [5, 19, heads.kv_columns()]);
+    long_cached_case(name, heads, [queries, 19], width, slots)
+}
+
+fn long_cached_case(
+    name: &str,
+    heads: Heads,
+    [queries, keys]: [usize; 2],
+    width: usize,
+    slots: &[i32],
+) -> Case {
+    let (batch, kv, last) = (slots.len(), [5, keys, heads.kv_columns()], keys as i32);
     let rows = || 0..(batch * queries) as i32;
-    let start: Vec<i32> = rows().map(|i| [0, 3, 19, 16][i as usize / queries % 4]).collect();
-    let end: Vec<i32> = rows().map(|i| 19 - (i * 5) % 13).collect();
+    let start: Vec<i32> = rows().map(|i| [0, 3, last, last - 3][i as usize / queries % 4]).collect();
+    let end: Vec<i32> = rows().map(|i| last - (i * 5) % 13).collect();
     Case::new("attention", name, move |g, x| {
         vec![g.attention_cached(x[0], x[1], x[2], x[3], x[4], x[5], heads)]
     })
@@ -1040,9 +1050,18 @@ fn device_cases() -> Vec<Case> {
             ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1][..]),
             ("seven queries of packed rows", heads(4, 1, d), 7, 6, &[2, 2, -1, 0, 5, 1]),
             ("several tiles of queries", heads(2, 2, d), 133, 2, &[1, 4]),
+            ("three queries of a group of three", heads(6, 2, d), 3, 6, &[1, 0, 4]),
+            ("one query and one head", heads(3, 3, d), 1, 3, &[2, 5, 0]),
         ];
         cases.extend(slots.map(|(name, heads, queries, columns, slots)| {
             cached_case(&format!("{name}, heads of {d}"), heads, queries, columns * d, slots).large()
+        }));
+        let long = [
+            ("one query over many keys", heads(2, 2, d), [1, 331], 2, &[3, 1][..]),
+            ("a group's queries over many keys", heads(4, 1, d), [2, 523], 4, &[4, -1, 0]),
+        ];
+        cases.extend(long.map(|(name, heads, sizes, columns, slots)| {
+            long_cached_case(&format!("{name}, heads of {d}"), heads, sizes, columns * d, slots).large()
         }));
     }
     cases

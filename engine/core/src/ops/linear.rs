@@ -329,10 +329,28 @@ pub(super) fn cases() -> Vec<Case> {
     ];
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
-    // What follows the product: every activation with and without bias and residual.
-    for (i, activation) in [Activation::None, Activation::Silu, Activation::SwiGlu].into_iter().enumerate() {
+    // Few rows, as in decoding: every number that has a kernel, and depths that wrap a warp's step.
+    let few = [
+        (1, 8, 8),
+        (1, 520, 24),
+        (2, 264, 40),
+        (2, 776, 16),
+        (3, 1032, 8),
+        (4, 24, 72),
+        (4, 512, 104),
+        (5, 256, 88),
+        (6, 248, 32),
+        (7, 1544, 24),
+        (8, 40, 136),
+        (8, 784, 56),
+    ];
+    cases.extend(few.map(|(n, k, m)| plain(n, k, m).large()));
+    // What follows the product: every activation with and without bias and residual, on few rows and on many.
+    let activations = [Activation::None, Activation::Silu, Activation::SwiGlu];
+    for (i, (activation, few)) in activations.into_iter().flat_map(|a| [(a, false), (a, true)]).enumerate() {
         for (bias, residual) in [(false, false), (true, false), (false, true), (true, true)] {
-            let (n, k, m) = ([67, 130, 149][i], 40, [200, 136, 144][i]);
+            let n = if few { [1, 3, 8][i / 2] } else { [67, 130, 149][i / 2] };
+            let (k, m) = (40, [200, 136, 144][i / 2]);
             let y = if activation == Activation::SwiGlu { m / 2 } else { m };
             let build = move |g: &mut Graph, x: &[Tensor]| {
                 let e = Epilogue {

@@ -11,6 +11,11 @@ const SPAN: u32 = 64;
 /// Keys of a forward tile.
 const KEYS: u32 = 64;
 
+/// Most queries of a batch row that are decoded: their keys are split over blocks.
+const DECODED: u32 = 4;
+/// Least keys of a split.
+const SPLIT_KEYS: u32 = 64;
+
 /// Tiles and shared bytes that depend on the head width.
 #[derive(Clone, Copy, Debug)]
 struct Width {
@@ -137,6 +142,39 @@ impl Problem {
         [self.queries.div_ceil(tile), self.heads, self.batch]
     }
 
+    /// Few queries over many keys: splits of the keys, and a pass that merges them.
+    fn decode(&self, on: &Target) -> Kernels {
+        let group = self.heads / self.kv_heads;
+        let together = if group * self.queries == 1 { 1 } else { 4 };
+        let blocks = self.kv_heads * (group * self.queries).div_ceil(together);
+        // As many splits as give every multiprocessor two blocks.
+        let wanted = (2 * on.sms).div_ceil(blocks * self.batch);
+        let chunk = self.keys.div_ceil(wanted).max(SPLIT_KEYS).next_multiple_of(SPLIT_KEYS);
+        let splits = self.keys.div_ceil(chunk).max(1);
+
+        let rows = self.batch * self.heads * self.queries;
+        let stats = (rows * splits) as usize * 8;
+        let scratch = vec![(rows * splits * self.width.width) as usize * 4, stats];
+        let mut args = vec![Arg::scratch(0), Arg::scratch(1)];
+        args.extend([&self.q, &self.k, &self.v, &self.slots, &self.start, &self.end].map(Arg::clone));
+        args.extend(
+            [self.queries, self.keys, self.heads, group, self.q_stride, self.kv_stride, self.caches, chunk]
+                .map(Arg::U32),
+        );
+        args.push(Arg::F32(self.scale));
+        let grid = [splits, blocks, self.batch];
+        let decode = Launch::kernel(self.entry(&format!("fwd_decode_{together}")), grid, THREADS, 0, args);
+
+        let sizes = [rows, self.queries, self.heads, self.width.width, splits].map(Arg::U32);
+        let args = [Arg::output(0), Arg::output(1), Arg::scratch(0), Arg::scratch(1)]
+            .into_iter()
+            .chain(sizes)
+            .chain([Arg::F32(self.scale)]);
+        let grid = [rows.div_ceil(THREADS / 32), 1, 1];
+        let merge = Launch::kernel("attention_fwd_merge_bf16", grid, THREADS, 0, args.collect());
+        Kernels { scratch, launches: vec![decode, merge] }
+    }
+
     fn is_empty(&self) -> bool {
         self.batch == 0 || self.queries == 0
     }
@@ -146,6 +184,9 @@ pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kerne
     let p = Problem::new(op, ins, on)?;
     if p.is_empty() {
         return Ok(Kernels::default());
+    }
+    if p.queries <= DECODED {
+        return Ok(p.decode(on));
     }
     let mut args = vec![Arg::output(0), Arg::output(1)];
     args.extend([&p.q, &p.k, &p.v, &p.slots, &p.start, &p.end].map(Arg::clone));
@@ -240,6 +281,19 @@ mod tests {
         let Launch::Kernel { args, .. } = &k.launches[0] else { panic!("{k:?}") };
         let at = |columns: u64| Arg::Address(Operand::In(0), columns * 2);
         assert_eq!(args[2..5], [at(0), at(256), at(384)]);
+    }
+
+    #[test]
+    fn few_queries_split_the_keys() {
+        let op = op(16, 4, 128, true);
+        let (q, cache) = (Spec::new([2, 1, 3072], DType::Bf16), Spec::new([2, 4096, 512], DType::Bf16));
+        let (slots, mask) = (Spec::new([2], DType::I32), Spec::new([2, 1], DType::I32));
+        let k = forward(&op, &[q, cache, cache, slots, mask, mask], &Target::H200).unwrap();
+        assert_eq!(
+            launches(&k),
+            [("attention_fwd_decode_4_d128_bf16", [32, 4, 2], 0), ("attention_fwd_merge_bf16", [8, 1, 1], 0)]
+        );
+        assert_eq!(k.scratch, [2 * 16 * 32 * 128 * 4, 2 * 16 * 32 * 8]);
     }
 
     #[test]

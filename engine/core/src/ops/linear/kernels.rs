@@ -107,35 +107,74 @@ pub(in crate::ops) fn check(operands: &[Spec], widths: &[usize]) -> Result<(), S
     }
 }
 
+/// What a product is made of, and what follows it.
+struct Forward {
+    y: Arg,
+    x: Arg,
+    w: Arg,
+    /// The product before the activation, where there is one.
+    pre: Option<Arg>,
+    bias: Option<Arg>,
+    residual: Option<Arg>,
+    activation: Activation,
+}
+
+/// Numbers of rows that there are kernels for, which read the weight once and leave the tensor cores alone, and the
+/// columns of their blocks.
+const FEW: [u32; 4] = [1, 2, 4, 8];
+const FEW_COLUMNS: u32 = 8;
+
+impl Forward {
+    fn launches(&self, product: Product, on: &Target) -> Result<Vec<Launch>, String> {
+        // Operands that are not there are named all the same, and not read.
+        let bias = self.bias.as_ref().unwrap_or(&self.w);
+        let residual = self.residual.as_ref().unwrap_or(&self.x);
+        let reads = [&self.x, &self.w, bias, residual].map(Arg::clone);
+        let sizes = [product.rows, product.columns, product.depth].map(Arg::U32);
+        let flags = [self.bias.is_some(), self.residual.is_some()].map(|has| Arg::U32(has.into()));
+        let launch = match FEW.iter().find(|&&rows| product.rows <= rows) {
+            Some(rows) => {
+                let pre = self.pre.as_ref().unwrap_or(&self.y).clone();
+                let activation = match self.activation {
+                    Activation::None => 0,
+                    Activation::Silu => 1,
+                    Activation::SwiGlu => 2,
+                };
+                let writes = [self.y.clone(), pre].into_iter();
+                let args = writes.chain(reads).chain(sizes).chain([Arg::U32(activation)]).chain(flags);
+                let grid = [product.columns.div_ceil(FEW_COLUMNS), 1, 1];
+                Launch::kernel(format!("linear_fwd_few_{rows}_bf16"), grid, 64, 0, args.collect())
+            }
+            None => {
+                let (variant, tiles) = match self.activation {
+                    Activation::None => ("", &TILES[..]),
+                    Activation::Silu => ("silu_", COMMON),
+                    Activation::SwiGlu => ("swiglu_", &TILES[..]),
+                };
+                let (tile, _) = product.choose(tiles, 1, on)?;
+                let writes = [Some(self.y.clone()), self.pre.clone()].into_iter().flatten();
+                let args = writes.chain(reads).chain(sizes).chain(flags).collect();
+                let entry = format!("linear_fwd_{variant}{}_bf16", tile.name);
+                Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args)
+            }
+        };
+        Ok(product.launches(vec![launch]))
+    }
+}
+
 pub(super) fn forward(op: &Linear, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
     let (n, k, m) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.rows());
     check(ins, &[k, m])?;
-    let product = Product::new(n, m, k)?;
-    let (variant, tiles) = match op.activation {
-        Activation::None => ("", &TILES[..]),
-        Activation::Silu => ("silu_", COMMON),
-        Activation::SwiGlu => ("swiglu_", &TILES[..]),
+    let forward = Forward {
+        y: Arg::output(0),
+        x: Arg::input(0),
+        w: Arg::input(1),
+        pre: (op.activation != Activation::None).then(|| Arg::output(1)),
+        bias: op.bias.then(|| Arg::input(2)),
+        residual: op.residual_at().map(Arg::input),
+        activation: op.activation,
     };
-    let (tile, _) = product.choose(tiles, 1, on)?;
-    let mut args = vec![Arg::output(0)];
-    if op.activation != Activation::None {
-        args.push(Arg::output(1));
-    }
-    // Operands that are not there are named all the same, and not read.
-    args.extend([
-        Arg::input(0),
-        Arg::input(1),
-        Arg::input(if op.bias { 2 } else { 1 }),
-        Arg::input(op.residual_at().unwrap_or(0)),
-        Arg::U32(product.rows),
-        Arg::U32(product.columns),
-        Arg::U32(product.depth),
-        Arg::U32(op.bias.into()),
-        Arg::U32(op.residual.into()),
-    ]);
-    let entry = format!("linear_fwd_{variant}{}_bf16", tile.name);
-    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
-    Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
+    Ok(Kernels { scratch: vec![], launches: forward.launches(Product::new(n, m, k)?, on)? })
 }
 
 /// Extents of a product and its gradients: `x [N, K]`, `w [M, K]`.
@@ -153,13 +192,9 @@ pub(in crate::ops) fn product(
     e: Extents,
     on: &Target,
 ) -> Result<Vec<Launch>, String> {
-    let product = Product::new(e.n, e.m, e.k)?;
-    let (tile, _) = product.choose(&TILES, 1, on)?;
-    let sizes = [product.rows, product.columns, product.depth, 0, 0].map(Arg::U32);
-    let args = [y, x.clone(), w.clone(), w, x].into_iter().chain(sizes).collect();
-    let entry = format!("linear_fwd_{}_bf16", tile.name);
-    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
-    Ok(product.launches(vec![launch]))
+    let none = Activation::None;
+    let forward = Forward { y, x, w, pre: None, bias: None, residual: None, activation: none };
+    forward.launches(Product::new(e.n, e.m, e.k)?, on)
 }
 
 /// `dx = dy w`, of bf16 operands wherever they lie.
@@ -282,6 +317,22 @@ mod tests {
         let poor = Target { shared: 64 << 10, ..on };
         let k = forward(&PLAIN, &[spec([8192, 8192]), spec([8192, 8192])], &poor).unwrap();
         assert_eq!(launches(&k), [("linear_fwd_128x128_bf16", [4096, 1, 1])]);
+    }
+
+    #[test]
+    fn few_rows_read_the_weight_once() {
+        for (rows, entry) in
+            [(1, "linear_fwd_few_1_bf16"), (3, "linear_fwd_few_4_bf16"), (8, "linear_fwd_few_8_bf16")]
+        {
+            let k = forward(&PLAIN, &[spec([rows, 768]), spec([2304, 768])], &Target::H200).unwrap();
+            assert_eq!(launches(&k), [(entry, [288, 1, 1])]);
+        }
+        let k = forward(&PLAIN, &[spec([9, 768]), spec([2304, 768])], &Target::H200).unwrap();
+        assert_eq!(launches(&k)[0].0, "linear_fwd_64x64_bf16");
+        assert_eq!(
+            forward(&PLAIN, &[spec([0, 768]), spec([2304, 768])], &Target::H200).unwrap().launches,
+            []
+        );
     }
 
     #[test]
