@@ -4,17 +4,18 @@
 
 // The sums of a lane's neighbouring columns, beside those of its neighbours in shared memory: of every eight lanes
 // the last four begin with their second half, so that lanes meet different banks.
-template <int N>
-INLINE void store_sums(float* to, const float (&x)[N]) {
-    const float4 low = make_float4(x[0], x[1], x[2], x[3]);
-    if constexpr (N == 4) {
-        *reinterpret_cast<float4*>(to) = low;
-    } else {
-        const float4 high = make_float4(x[4], x[5], x[6], x[7]);
-        const bool turned = threadIdx.x / 4 % 2;
-        *reinterpret_cast<float4*>(to + (turned ? 4 : 0)) = turned ? high : low;
-        *reinterpret_cast<float4*>(to + (turned ? 0 : 4)) = turned ? low : high;
+INLINE void store_sums(float* to, const float (&x)[4]) { store_shared(shared_address(to), packed(x).word); }
+
+INLINE void store_sums(float* to, const float (&x)[8]) {
+    const bool turned = threadIdx.x / 4 % 2;
+    float first[4], second[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        first[e] = turned ? x[e + 4] : x[e];
+        second[e] = turned ? x[e] : x[e + 4];
     }
+    store_sums(to + (turned ? 4 : 0), first);
+    store_sums(to + (turned ? 0 : 4), second);
 }
 
 // dw[c] = scale sum of the parts, plus what was there where it accumulates: warp k of a block of `THREADS` adds

@@ -223,3 +223,18 @@ pub struct Kernels {
     /// In order.
     pub launches: Vec<Launch>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_roofline_is_the_lower_of_two_ceilings() {
+        let h200 = Roofline::ALL[2];
+        let cost = |flops, bytes| Cost { flops, bytes };
+        assert_eq!(h200.seconds(cost(989_000_000, 4800), true), (1e-6, Bound::Tensor));
+        assert_eq!(h200.seconds(cost(67_000_000, 4800), false), (1e-6, Bound::F32));
+        assert_eq!(h200.seconds(cost(67_000_000, 4_800_000), true), (1e-6, Bound::Memory));
+        assert_eq!(h200.seconds(Cost::default(), false).0, 0.0);
+    }
+}

@@ -100,3 +100,40 @@ fn captions(seed: u64) -> Documents {
     };
     Documents::new((0..CAPTIONS).map(caption).collect(), "captions")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use transfusion_core::op::Kind;
+
+    fn step(preset: &str) -> [Scene; 2] {
+        let mut config = RunConfig::preset(preset).unwrap();
+        for (key, value) in [("train.rows", "1"), ("train.positions", "64"), ("model.num_hidden_layers", "1")]
+        {
+            config.set(key, value).unwrap();
+        }
+        training_step(&config, 3).unwrap()
+    }
+
+    fn largest(scene: &Scene, role: Role, name: &str) -> f64 {
+        let (tensor, _) = scene.graph.sources().find(|(_, v)| v.role == role && v.name == name).unwrap();
+        scene.given[&tensor].to_f64().into_iter().map(f64::abs).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn every_number_that_a_step_reads_is_there() {
+        for preset in ["tiny", "text-tiny"] {
+            let scenes = step(preset);
+            for scene in &scenes {
+                assert!(
+                    scene.graph.sources().all(|(t, v)| scene.given[&t].view().len() == v.spec.shape.numel())
+                );
+            }
+            let (embedding, [loss, update]) = ("model.embed_tokens.weight", scenes);
+            assert!(largest(&loss, Role::Input, "tokens") > 100.0);
+            assert_eq!(largest(&loss, Role::State(Kind::Grad), embedding), 0.0);
+            assert!(largest(&update, Role::State(Kind::Grad), embedding) > 0.0);
+            assert!(largest(&update, Role::Input, "schedule") > 0.0);
+        }
+    }
+}

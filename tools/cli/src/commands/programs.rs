@@ -41,7 +41,7 @@ pub(crate) enum Which {
 
 /// A model, and how much of it at once.
 #[derive(Args, Debug)]
-pub(crate) struct Sized {
+pub(crate) struct Sizing {
     #[command(flatten)]
     pub(crate) settings: Settings,
     /// Rows of a batch, and sequences that are sampled at once [default: what the settings say].
@@ -52,7 +52,7 @@ pub(crate) struct Sized {
     positions: Option<u32>,
 }
 
-impl Sized {
+impl Sizing {
     /// The settings, in bf16: what the kernels of the large ops take.
     pub(crate) fn resolve(&self) -> Outcome<RunConfig> {
         let mut config = self.settings.resolve()?;

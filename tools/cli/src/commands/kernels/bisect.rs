@@ -4,7 +4,7 @@ use super::{
     workbench::{Machine, Machines},
 };
 use crate::{
-    commands::programs::Sized,
+    commands::programs::Sizing,
     console,
     failure::{Failure, Outcome},
 };
@@ -31,7 +31,7 @@ Examples:
   transfusion kernels bisect --preset tiny --device cuda")]
 pub(crate) struct Bisect {
     #[command(flatten)]
-    sized: Sized,
+    sizing: Sizing,
     #[command(flatten)]
     machines: Machines,
     /// Seed of weights and data.
@@ -42,7 +42,7 @@ pub(crate) struct Bisect {
 impl Bisect {
     /// Runs and prints.
     pub(crate) fn run(self) -> Outcome {
-        let config = self.sized.resolve()?;
+        let config = self.sizing.resolve()?;
         let mut machine = self.machines.open(&Schedule::SEVERAL[..1])?.remove(0);
         let mut agreed = 0;
         for scene in rehearsal::training_step(&config, self.seed)? {

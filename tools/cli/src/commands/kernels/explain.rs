@@ -4,7 +4,7 @@ use super::{
     workbench::Model,
 };
 use crate::{
-    commands::programs::{Named, Sized, Which},
+    commands::programs::{Named, Sizing, Which},
     console::{self, bytes, count},
     failure::{Failure, Outcome},
 };
@@ -32,7 +32,7 @@ Examples:
   transfusion kernels explain --batch 8 --program loss --json")]
 pub(crate) struct Explain {
     #[command(flatten)]
-    sized: Sized,
+    sizing: Sizing,
     /// What runs.
     #[arg(long, value_enum, default_value_t = Which::Train)]
     program: Which,
@@ -62,11 +62,11 @@ struct Sum {
 impl Explain {
     /// Plans and prints.
     pub(crate) fn run(self) -> Outcome {
-        let config = self.sized.resolve()?;
+        let config = self.sizing.resolve()?;
         let roofline = self.target.roofline();
         let programs = self.program.of(&config);
         if programs.is_empty() {
-            let why = format!("{} has no images to sample", self.sized.settings.preset);
+            let why = format!("{} has no images to sample", self.sizing.settings.preset);
             return Err(Failure::usage(why).hint("--program decode is one of text"));
         }
         let library = Library::new(roofline.target.arch, vec![])?;
@@ -88,7 +88,7 @@ impl Explain {
         let (t, train) = (&r.target, &config.train);
         format!(
             "{}, {} rows of {} positions, on {}: {} SMs, {}FLOP/s in bf16, {}FLOP/s in f32, {}B/s",
-            self.sized.settings.preset,
+            self.sizing.settings.preset,
             train.rows,
             train.positions,
             t.name,

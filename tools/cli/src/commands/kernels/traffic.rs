@@ -1,7 +1,7 @@
 //! `transfusion kernels traffic`.
 use super::{rows::Row, workbench::Simulated};
 use crate::{
-    commands::programs::Sized,
+    commands::programs::Sizing,
     console,
     failure::{Failure, Outcome},
 };
@@ -23,17 +23,18 @@ const SECTOR: u64 = 32;
 ///
 /// One training step of a fresh model on the built-in shapes runs op by op. For each op: bytes of global
 /// memory in sectors of 32 bytes, every request on its own as if there were no cache, over the least possible,
-/// each operand once; bank conflicts, passes over shared memory beyond the fewest possible; the share of warp
-/// instructions that are tensor-core products; instructions of threads. Steps that launch the same are one
-/// row, and a row says what all of them do.
+/// each operand once (less than that where rows are unused); bank conflicts, passes over shared memory beyond
+/// the fewest possible; the share of warp instructions that are tensor-core products; instructions of threads.
+/// Steps that launch the same are one row, and a row says what all of them do. Few rows for each SM make
+/// what blocks read once weigh more than in a real step: --sms makes the machine small.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  transfusion kernels traffic --batch 1 --positions 128 --set model.num_hidden_layers=1
+  transfusion kernels traffic --batch 4 --positions 512 --sms 4 --set model.num_hidden_layers=1
   transfusion kernels traffic --batch 1 --positions 128 --cu my_rmsnorm.cu --json")]
 pub(crate) struct Traffic {
     #[command(flatten)]
-    sized: Sized,
+    sizing: Sizing,
     #[command(flatten)]
     simulated: Simulated,
     /// Seed of weights and data.
@@ -54,7 +55,7 @@ struct Counted {
 impl Traffic {
     /// Runs and prints.
     pub(crate) fn run(self) -> Outcome {
-        let config = self.sized.resolve()?;
+        let config = self.sizing.resolve()?;
         let mut sim = self.simulated.open(Schedule::default())?;
         let mut all = Vec::new();
         for scene in rehearsal::training_step(&config, self.seed)? {
@@ -89,7 +90,7 @@ fn count(scene: &Scene, sim: &mut SimDevice, all: &mut Vec<Counted>) -> Outcome 
     Ok(())
 }
 
-/// Whether a class of instructions runs on tensor cores, as a share of all of them in percent.
+/// Warp instructions that are tensor-core products, percent of all.
 fn tensor_share(c: &Counters) -> f64 {
     let tensor = c.classes.get(&Class::Tensor).map_or(0, |c| c.warp_instructions);
     100.0 * tensor as f64 / c.total.warp_instructions.max(1) as f64
