@@ -10,7 +10,7 @@ use crate::{
     engine::{Engine, Program, cpu},
     error::Result,
     model::{Capacity, LossOptions},
-    run::{RunConfig, geometry},
+    run::{DataOptions, RunConfig, geometry},
     train::{Trainer, feed, seed_words},
 };
 use std::{collections::HashMap, sync::Arc};
@@ -41,6 +41,8 @@ pub struct Scene {
 /// # Errors
 /// If the configuration makes no sense, or memory is short.
 pub fn training_step(config: &RunConfig, seed: u64) -> Result<[Scene; 2]> {
+    let data = DataOptions { paths: vec!["shapes".into()], ..config.data.clone() };
+    RunConfig { data, ..config.clone() }.check()?;
     let train = config.train.clone();
     let engine = Engine::initialised(config.model.clone(), cpu(0)?, seed)?;
     let trainer = Trainer::new(engine, train.clone())?;
