@@ -215,7 +215,16 @@ fn a_wrong_kernel_is_found_inside_a_model() {
     let said = text(&out.stdout);
     let steps: usize = said.split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!(said.starts_with("all ") && said.ends_with(" steps agree\n") && steps > 150, "{said}");
-    fail(&folder, &["bisect", "--preset", "0.16b", "--batch", "1"], 1, &["model.transfusion.image.channels=3"]);
+    let case = ["bisect", "--case", "rmsnorm/9x8", "--device", "sim", "--against", "cpu"];
+    assert!(text(&run(&folder, &case).stdout).ends_with(" steps agree\n"));
+    fail(&folder, &["bisect", "--case", "rmsnorm/9x9"], 2, &["no case rmsnorm/9x9", "rmsnorm/9x8"]);
+    fail(&folder, &["bisect", "--case", "rmsnor/9x8"], 2, &["there is no op rmsnor", "rmsnorm"]);
+    fail(
+        &folder,
+        &["bisect", "--preset", "0.16b", "--batch", "1"],
+        1,
+        &["model.transfusion.image.channels=3"],
+    );
     let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels-cu").canonicalize().unwrap();
     let source = fs::read_to_string(tree.join("swiglu.cu")).unwrap();
     let right = "fmaf(x, 1.0f - s, 1.0f)";
