@@ -12,9 +12,9 @@
 // gather_rows_fwd_bf16          min(R/8,8*sms)   256    0       y | x index | R V C |                   4RC+4R
 // gather_rows_fwd_f32           min(R/8,8*sms)   256    0       y | x index | R V C |                   8RC+4R
 // gather_rows_bwd_sort_i32      V/256            256    6336    starts order | index | R V |            8RV/256+8R+4V
-// gather_rows_bwd_sum_bf16      V/8,C/32L        256    0+1024L  dx | dy starts order | V C accumulate |  2RC+2VC+4R+4V
-// gather_rows_bwd_sum_f32       V/8,C/32L        256    0+1024L  dx | dy starts order | V C accumulate |  4RC+4VC+4R+4V
-// gather_rows_bwd_sum_bf16_f32  V/8,C/32L        256    0+1024L  dx | dy starts order | V C accumulate |  2RC+8RC+4R+4V
+// gather_rows_bwd_sum_bf16      V/8,C/32L        256    48+1024L  dx | dy starts order | V C accumulate |  2RC+2VC+4R+4V
+// gather_rows_bwd_sum_f32       V/8,C/32L        256    48+1024L  dx | dy starts order | V C accumulate |  4RC+4VC+4R+4V
+// gather_rows_bwd_sum_bf16_f32  V/8,C/32L        256    48+1024L  dx | dy starts order | V C accumulate |  2RC+8RC+4R+4V
 //
 // The sum's last dtype is that of dx, one before it that of dy where they differ.
 // Needs   Operands begin at multiples of 16 bytes.
@@ -142,7 +142,7 @@ INLINE void add_rows(float (&sum)[N], const T* dy, const int* order, u32 begin, 
 }
 
 template <int N, typename D, typename T>
-INLINE void sum_rows(D* dx, const T* dy, const int* starts, const int* order, u32 rows, u32 width,
+INLINE void sum_rows(D* dx, const T* dy, const u32 (&bounds)[WARPS + 1], const int* order, u32 rows, u32 width,
                      u32 accumulate) {
     extern __shared__ __align__(16) float sums[];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * N;
@@ -150,7 +150,7 @@ INLINE void sum_rows(D* dx, const T* dy, const int* starts, const int* order, u3
     // Short lists: warp w has row first + w.
     const u32 v = first + warp;
     if (v < end && c < width) {
-        const u32 from = starts[v], to = starts[v + 1];
+        const u32 from = bounds[warp], to = bounds[warp + 1];
         if (to - from <= LONG && (to > from || !accumulate)) {
             float sum[N] = {};
             if (accumulate) load(sum, dx + u64(v) * width + c);
@@ -160,7 +160,7 @@ INLINE void sum_rows(D* dx, const T* dy, const int* starts, const int* order, u3
     }
     // Long ones: each warp adds every eighth row, then the warps are added in order.
     for (u32 v = first; v < end; v++) {
-        const u32 from = starts[v], to = starts[v + 1];
+        const u32 from = bounds[v - first], to = bounds[v - first + 1];
         if (to - from <= LONG) continue;
         float sum[N] = {};
         if (c < width) add_rows(sum, dy, order, from + warp, to, WARPS, width, c);
@@ -185,8 +185,13 @@ template <typename D, typename T>
 INLINE void backward(D* dx, const T* dy, const int* starts, const int* order, u32 rows, u32 width,
                      u32 accumulate) {
     constexpr int N = LOT<D, T>;
-    if (width % N == 0) sum_rows<N>(dx, dy, starts, order, rows, width, accumulate);
-    else sum_rows<1>(dx, dy, starts, order, rows, width, accumulate);
+    // Where the lists of the block's rows begin, and where the last one ends.
+    __shared__ u32 bounds[WARPS + 1];
+    const u32 first = blockIdx.x * WARPS;
+    if (threadIdx.x <= WARPS && first + threadIdx.x <= rows) bounds[threadIdx.x] = starts[first + threadIdx.x];
+    __syncthreads();
+    if (width % N == 0) sum_rows<N>(dx, dy, bounds, order, rows, width, accumulate);
+    else sum_rows<1>(dx, dy, bounds, order, rows, width, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

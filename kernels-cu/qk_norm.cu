@@ -71,10 +71,7 @@ INLINE void block_parts(float* parts, const Groups& groups, float (&sum)[N], u32
 #pragma unroll
         for (int e = 0; e < N; e++) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], offset);
     }
-    if (groups.group == 0 && c < width) {
-#pragma unroll
-        for (int e = 0; e < N; e++) sums[warp * width + c + e] = sum[e];
-    }
+    if (groups.group == 0 && c < width) store_sums(sums + warp * width + c, sum);
     __syncthreads();
     for (u32 d = threadIdx.x; d < width; d += THREADS) {
         float total = 0.0f;

@@ -147,7 +147,7 @@ INLINE void backward(T* dx, float* parts, const T* x, const T* w, const float* r
         extern __shared__ __align__(16) float sums[];
 #pragma unroll
         for (int i = 0; i < L::VECTORS; i++)
-            if (L::column(i) < width) store_floats(sums + threadIdx.x / L::LANES * width + L::column(i), part[i]);
+            if (L::column(i) < width) store_sums(sums + threadIdx.x / L::LANES * width + L::column(i), part[i]);
         __syncthreads();
         for (u32 c = threadIdx.x; c < width; c += THREADS) {
             float sum = sums[c];

@@ -31,9 +31,12 @@ template <bool IN_PLACE, typename T>
 INLINE void rope(T* y, const T* x, const int* positions, Plan p) {
     constexpr int N = WIDTH<T>;
     extern __shared__ __align__(16) u64 frequencies[];
-    for (u32 j = threadIdx.x; j < p.width / 2; j += THREADS) frequencies[j] = frequency(p.ratio, j);
+    // Those of pair j of every vector lie side by side, so that lanes meet different banks.
+    const u32 vectors = p.width / N;
+    for (u32 i = threadIdx.x; i < p.width / 2; i += THREADS)
+        frequencies[i] = frequency(p.ratio, i % vectors * (N / 2) + i / vectors);
     __syncthreads();
-    const u32 vectors = p.width / N, heads = IN_PLACE ? p.turning : p.heads;
+    const u32 heads = IN_PLACE ? p.turning : p.heads;
     const u32 shares = (heads + p.together - 1) / p.together, items = p.rows * shares * vectors;
     for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < items; i += gridDim.x * THREADS) {
         const u32 v = i % vectors, first = i / vectors % shares * p.together, n = i / (vectors * shares);
@@ -42,7 +45,7 @@ INLINE void rope(T* y, const T* x, const int* positions, Plan p) {
         float cos[N / 2], sin[N / 2];
 #pragma unroll
         for (int j = 0; j < N / 2; j++) {
-            Wave w = wave(turns(max(position, 0), frequencies[v * (N / 2) + j]));
+            Wave w = wave(turns(max(position, 0), frequencies[j * vectors + v]));
             cos[j] = w.cos;
             sin[j] = IN_PLACE ? w.sin : -w.sin;
         }

@@ -2,6 +2,22 @@
 #pragma once
 #include "pack.cuh"
 
+// The sums of a lane's neighbouring columns, beside those of its neighbours in shared memory: of every eight lanes
+// the last four begin with their second half, so that lanes meet different banks.
+INLINE void store_sums(float* to, const float (&x)[4]) { store_shared(shared_address(to), packed(x).word); }
+
+INLINE void store_sums(float* to, const float (&x)[8]) {
+    const bool turned = threadIdx.x / 4 % 2;
+    float first[4], second[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        first[e] = turned ? x[e + 4] : x[e];
+        second[e] = turned ? x[e] : x[e + 4];
+    }
+    store_sums(to + (turned ? 4 : 0), first);
+    store_sums(to + (turned ? 0 : 4), second);
+}
+
 // dw[c] = scale sum of the parts, plus what was there where it accumulates: warp k of a block of `THREADS` adds
 // parts k, k + 8, ..., then the warps are added in order. A block finishes 32 columns.
 template <int THREADS, typename T>

@@ -10,7 +10,7 @@ use crate::{
     cases::{self, Case, Fill, contents},
     device::{CpuDevice, CpuOptions, Device, Place, PlanId},
     error::{Error, Result},
-    graph::{Graph, Role},
+    graph::{Graph, Node, Role},
     launch::{Cost, Target},
     op::{Kind, Memory, Op},
     plan::Plan,
@@ -57,7 +57,9 @@ pub struct Worst {
     pub have: f64,
     /// The yardstick.
     pub want: f64,
-    /// Largest error of the row over the bound of the row: more than 1 breaks the law.
+    /// The tolerance of its row.
+    pub bound: f64,
+    /// Its error over the tolerance: more than 1 breaks the law.
     pub ratio: f64,
 }
 
@@ -70,7 +72,7 @@ impl Worst {
 
 impl fmt::Display for Worst {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Worst { result, row, column, have, want, ratio } = self;
+        let Worst { result, row, column, have, want, ratio, .. } = self;
         write!(f, "result {result} at [{row}, {column}]: {have} for {want}, {ratio:.2} of the tolerance")
     }
 }
@@ -83,24 +85,49 @@ impl fmt::Display for Worst {
 /// If an op refuses the case, or the device fails.
 pub fn applications(case: &Case, float: DType, device: &mut dyn Device) -> Result<Vec<Application>> {
     let g = case.graph(float, case.differentiable)?;
-    let mut values = given(case, float, &g);
     let named = g.nodes().iter().any(|n| about(case.op, n.op.name()));
+    let mut walk = Walk::new(&g, g.nodes().iter().collect(), given(case, float, &g));
     let mut all = Vec::new();
-    for node in g.nodes() {
-        let ins = node.ins.iter().filter_map(|t| values.get(t).cloned()).collect();
-        let specs = node.ins.iter().map(|&t| g.spec(t)).collect();
+    while let Some(application) = walk.step(device)? {
+        let elsewhere = named && asked_elsewhere(case.op, application.op.name());
+        if !application.is_view() && !elsewhere {
+            all.push(application);
+        }
+    }
+    Ok(all)
+}
+
+/// A program, node by node: each is applied alone to what those before it yielded.
+#[derive(Debug)]
+pub struct Walk<'g> {
+    g: &'g Graph,
+    nodes: std::vec::IntoIter<&'g Node>,
+    values: HashMap<Tensor, Host>,
+}
+
+impl<'g> Walk<'g> {
+    /// A walk over these nodes of a program, in order, from the contents of its inputs and states.
+    pub fn new(g: &'g Graph, nodes: Vec<&'g Node>, given: HashMap<Tensor, Host>) -> Walk<'g> {
+        Walk { g, nodes: nodes.into_iter(), values: given }
+    }
+
+    /// The next application; `None` behind the last. What it yields to later ones is computed on `device`, or
+    /// on the CPU where that lacks a kernel.
+    ///
+    /// # Errors
+    /// If the op refuses its operands, or the device fails.
+    pub fn step(&mut self, device: &mut dyn Device) -> Result<Option<Application>> {
+        let Some(node) = self.nodes.next() else { return Ok(None) };
+        let ins = node.ins.iter().filter_map(|t| self.values.get(t).cloned()).collect();
+        let specs = node.ins.iter().map(|&t| self.g.spec(t)).collect();
         let application = Application { op: node.op.clone(), specs, ins };
         let outs = match application.run(device) {
             Err(Error::NoKernel { .. }) => application.run(&mut cpu()?)?,
             other => other?,
         };
-        values.extend(node.outs.iter().copied().zip(outs));
-        let view = (0..node.outs.len()).all(|o| matches!(node.op.memory(o), Memory::View { .. }));
-        if !view && !(named && asked_elsewhere(case.op, node.op.name())) {
-            all.push(application);
-        }
+        self.values.extend(node.outs.iter().copied().zip(outs));
+        Ok(Some(application))
     }
-    Ok(all)
 }
 
 /// Whether a case table is about an op or its gradient.
@@ -184,6 +211,12 @@ impl Application {
         let outs = g.apply(self.op.clone(), &ins);
         outs.iter().enumerate().for_each(|(i, &t)| g.output(&format!("out{i}"), t));
         (g, outs)
+    }
+
+    /// Whether nothing has to run: every result is a view.
+    pub fn is_view(&self) -> bool {
+        let results = self.graph().1.len();
+        (0..results).all(|o| matches!(self.op.memory(o), Memory::View { .. }))
     }
 
     /// Its plan for a machine, or for the CPU.
@@ -275,7 +308,7 @@ fn ulp(x: f64, dtype: DType) -> f64 {
 
 /// The element that comes nearest to the bound of its row, or exceeds it most.
 fn worst(result: usize, spec: Spec, have: &[f64], plain: &[f64], want: &[f64]) -> Worst {
-    let mut worst = Worst { result, row: 0, column: 0, have: 0.0, want: 0.0, ratio: 0.0 };
+    let mut worst = Worst { result, row: 0, column: 0, have: 0.0, want: 0.0, bound: 0.0, ratio: 0.0 };
     let columns = spec.shape.last().max(1);
     let rows = have.chunks(columns).zip(plain.chunks(columns)).zip(want.chunks(columns));
     for (row, ((have, plain), want)) in rows.enumerate() {
@@ -287,7 +320,7 @@ fn worst(result: usize, spec: Spec, have: &[f64], plain: &[f64], want: &[f64]) -
             let e = error(have, want);
             let ratio = if e == 0.0 { 0.0 } else { e / bound };
             if ratio > worst.ratio {
-                worst = Worst { result, row, column, have, want, ratio };
+                worst = Worst { result, row, column, have, want, bound, ratio };
             }
         }
     }

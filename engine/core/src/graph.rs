@@ -106,6 +106,12 @@ impl Graph {
         self.values.iter().enumerate().filter(move |(_, v)| of_kind(v)).map(|(i, v)| (Tensor(i as u32), v))
     }
 
+    /// What is there before a run: the inputs and the states.
+    pub fn sources(&self) -> impl Iterator<Item = (Tensor, &Value)> {
+        let all = self.values.iter().enumerate().filter(|(_, v)| v.role != Role::Temp);
+        all.map(|(i, v)| (Tensor(i as u32), v))
+    }
+
     /// Applies `op`. A refusal is remembered with the caller's line and reported by [`Graph::check`]:
     /// model code stays free of `?` and still names its own faulty line.
     #[track_caller]

@@ -38,6 +38,9 @@ impl Target {
         peak: 312e12,
     };
 
+    /// NVIDIA H100 SXM.
+    pub const H100: Target = Target { name: "H100", l2: 50 * 1024 * 1024, ..Target::H200 };
+
     /// NVIDIA H200 SXM.
     pub const H200: Target = Target {
         name: "H200",
@@ -47,6 +50,44 @@ impl Target {
         l2: 60 * 1024 * 1024,
         peak: 989e12,
     };
+}
+
+/// The ceilings of a machine: no program takes less time on it than they say (Williams et al. 2009).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Roofline {
+    /// The machine; its tensor cores do [`Target::peak`] in bf16.
+    pub target: Target,
+    /// Rate outside of the tensor cores in f32, FLOP/s.
+    pub f32: f64,
+    /// Of its memory, bytes/s.
+    pub bandwidth: f64,
+}
+
+/// What a roofline holds a program back by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// The tensor cores.
+    Tensor,
+    /// Arithmetic in f32.
+    F32,
+    /// Memory.
+    Memory,
+}
+
+impl Roofline {
+    /// NVIDIA's data sheets, SXM, dense: "A100 80GB" (2021), "H100" (2023), "H200" (2024).
+    pub const ALL: [Roofline; 3] = [
+        Roofline { target: Target::A100, f32: 19.5e12, bandwidth: 2.039e12 },
+        Roofline { target: Target::H100, f32: 67e12, bandwidth: 3.35e12 },
+        Roofline { target: Target::H200, f32: 67e12, bandwidth: 4.8e12 },
+    ];
+
+    /// The least seconds that something takes, and what bounds it; `tensor` where tensor cores do its work.
+    pub fn seconds(&self, cost: Cost, tensor: bool) -> (f64, Bound) {
+        let (rate, work) = if tensor { (self.target.peak, Bound::Tensor) } else { (self.f32, Bound::F32) };
+        let (compute, memory) = (cost.flops as f64 / rate, cost.bytes as f64 / self.bandwidth);
+        if compute > memory { (compute, work) } else { (memory, Bound::Memory) }
+    }
 }
 
 /// Which operand of a node.
@@ -181,4 +222,19 @@ pub struct Kernels {
     pub scratch: Vec<usize>,
     /// In order.
     pub launches: Vec<Launch>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_roofline_is_the_lower_of_two_ceilings() {
+        let h200 = Roofline::ALL[2];
+        let cost = |flops, bytes| Cost { flops, bytes };
+        assert_eq!(h200.seconds(cost(989_000_000, 4800), true), (1e-6, Bound::Tensor));
+        assert_eq!(h200.seconds(cost(67_000_000, 4800), false), (1e-6, Bound::F32));
+        assert_eq!(h200.seconds(cost(67_000_000, 4_800_000), true), (1e-6, Bound::Memory));
+        assert_eq!(h200.seconds(Cost::default(), false).0, 0.0);
+    }
 }

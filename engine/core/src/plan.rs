@@ -120,7 +120,7 @@ impl Plan {
     /// As [`Plan::lowered`].
     pub fn on(g: &Graph, target: Option<&Target>) -> Result<Plan> {
         g.check()?;
-        let nodes = needed(g)?;
+        let nodes = steps(g)?;
         let home = homes(g, &nodes)?;
         let mut kernels = Vec::new();
         for n in &nodes {
@@ -201,8 +201,11 @@ fn is_view(n: &Node) -> bool {
     (0..n.outs.len()).all(|o| matches!(n.op.memory(o), Memory::View { .. }))
 }
 
-/// The nodes that an output or a state depends on, in order.
-fn needed(g: &Graph) -> Result<Vec<&Node>> {
+/// The nodes that the steps of a plan run, in order: those that an output or a state depends on.
+///
+/// # Errors
+/// If an output is void.
+pub fn steps(g: &Graph) -> Result<Vec<&Node>> {
     let mut wanted: HashSet<Tensor> = HashSet::new();
     for (name, t) in &g.outputs {
         if *t == Tensor::VOID {

@@ -121,6 +121,12 @@ impl TrainOptions {
         self.lr_min + 0.5 * (self.lr - self.lr_min) * (1.0 + (std::f64::consts::PI * done).cos())
     }
 
+    /// What update `t`, counted from 1, reads as `schedule` (see `Graph::adamw`).
+    pub(crate) fn schedule(&self, lr: f64, t: f64) -> [f32; 3] {
+        let correction = |beta: f64| (1.0 - beta.powf(t)) as f32;
+        [lr as f32, correction(self.beta1), correction(self.beta2)]
+    }
+
     /// The capacities of a micro-batch for a model.
     pub fn capacity(&self, c: &ModelConfig) -> Capacity {
         let positions = self.rows * self.positions;
@@ -382,9 +388,7 @@ impl Trainer {
     fn update(&mut self, report: &mut StepReport) -> Result<()> {
         let plan = self.engine.open(Program::Update(self.options.update()))?;
         let t = (self.progress.updates + 1) as f64;
-        let correction = |beta: f64| (1.0 - beta.powf(t)) as f32;
-        let schedule = [report.lr as f32, correction(self.options.beta1), correction(self.options.beta2)];
-        self.engine.floats(plan, "schedule", &schedule)?;
+        self.engine.floats(plan, "schedule", &self.options.schedule(report.lr, t))?;
         if self.options.ema > 0.0 {
             let decay = self.options.ema.min((1.0 + t) / (10.0 + t));
             self.engine.floats(plan, "ema_decay", &[decay as f32])?;

@@ -14,6 +14,7 @@ mod commands {
     pub(crate) mod inspect;
     pub(crate) mod kernels;
     pub(crate) mod plan;
+    pub(crate) mod programs;
     pub(crate) mod sample;
     pub(crate) mod train;
 }

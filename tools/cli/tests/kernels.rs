@@ -155,6 +155,123 @@ fn a_changed_kernel_is_tried_in_place_of_the_shipped_one() {
     assert!(text(&out.stderr).contains("\"one\" is undefined"), "{}", text(&out.stderr));
 }
 
+/// The launches of every preset are shown, and their work is that of its plan.
+#[test]
+fn every_preset_is_explained_without_its_memory() {
+    let folder = folder("explained");
+    let json = |args: &[&str]| -> serde_json::Value {
+        let out = run(&folder, args);
+        assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    for preset in ["tiny", "text-tiny", "0.16b", "0.37b", "0.76b", "1.4b", "7b"] {
+        for target in ["A100", "H100", "H200"] {
+            let page = json(&["explain", "--preset", preset, "--batch", "1", "--target", target, "--json"]);
+            assert_eq!(page["target"]["name"], target);
+            for program in page["programs"].as_array().unwrap() {
+                let rows = program["rows"].as_array().unwrap();
+                let sum = |of: &dyn Fn(&serde_json::Value) -> f64| -> f64 {
+                    rows.iter().map(|r| r["count"].as_f64().unwrap() * of(r)).sum()
+                };
+                let total = |key: &str| program["total"][key].as_f64().unwrap();
+                assert_eq!(sum(&|r| r["flops"].as_f64().unwrap()), total("flops"));
+                assert_eq!(sum(&|r| r["launches"].as_array().unwrap().len() as f64), total("launches"));
+                let seconds = sum(&|r| r["seconds"].as_f64().unwrap());
+                assert!(seconds > 0.0 && (seconds / total("seconds") - 1.0).abs() < 1e-9);
+            }
+        }
+    }
+    for program in ["loss", "update", "eval", "prefill", "decode", "commit", "denoise"] {
+        let page = json(&["explain", "--batch", "2", "--program", program, "--json"]);
+        assert_eq!(page["programs"][0]["name"], program);
+    }
+    let page = json(&["explain", "--preset", "7b", "--batch", "1", "--program", "loss", "--json"]);
+    let plan = Command::new(env!("CARGO_BIN_EXE_transfusion"))
+        .args(["plan", "--preset", "7b", "--batch", "1", "--json"])
+        .output()
+        .unwrap();
+    let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
+    assert_eq!(page["programs"][0]["total"]["flops"], plan["flops"]["loss"]);
+    fail(
+        &folder,
+        &["explain", "--preset", "text-tiny", "--program", "denoise"],
+        2,
+        &["text-tiny has no images"],
+    );
+}
+
+/// Two layers of width 64, with images.
+const SMALL: &str = "--batch 1 --positions 64 --set model.hidden_size=64 model.intermediate_size=96 \
+     model.num_hidden_layers=2 model.num_attention_heads=2 model.num_key_value_heads=2 model.head_dim=32";
+
+/// Every step of a real training step agrees with the CPU, and a wrong kernel is named where it first runs.
+#[test]
+fn a_wrong_kernel_is_found_inside_a_model() {
+    let folder = folder("bisected");
+    let bisect = |more: &[&str]| {
+        run(&folder, &[&["bisect"], &SMALL.split_whitespace().collect::<Vec<_>>()[..], more].concat())
+    };
+    let out = bisect(&[]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let said = text(&out.stdout);
+    let steps: usize = said.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(said.starts_with("all ") && said.ends_with(" steps agree\n") && steps > 150, "{said}");
+    let case = ["bisect", "--case", "rmsnorm/9x8", "--device", "sim", "--against", "cpu"];
+    assert!(text(&run(&folder, &case).stdout).ends_with(" steps agree\n"));
+    fail(&folder, &["bisect", "--case", "rmsnorm/9x9"], 2, &["no case rmsnorm/9x9", "rmsnorm/9x8"]);
+    fail(&folder, &["bisect", "--case", "rmsnor/9x8"], 2, &["there is no op rmsnor", "rmsnorm"]);
+    fail(
+        &folder,
+        &["bisect", "--preset", "0.16b", "--batch", "1"],
+        1,
+        &["model.transfusion.image.channels=3"],
+    );
+    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels-cu").canonicalize().unwrap();
+    let source = fs::read_to_string(tree.join("swiglu.cu")).unwrap();
+    let right = "fmaf(x, 1.0f - s, 1.0f)";
+    assert!(source.contains(right), "{right}");
+    fs::write(folder.join("swiglu.cu"), source.replace(right, "fmaf(x, 1.0f - s, 1.1f)")).unwrap();
+    let out = bisect(&["--cu", "swiglu.cu", "-I", tree.to_str().unwrap()]);
+    let said = text(&out.stderr);
+    if said.contains("NVRTC") && std::env::var_os("REQUIRE_NVRTC").is_none() {
+        eprintln!("left out: there is no NVRTC");
+        return;
+    }
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    for word in
+        ["steps agree; step ", "of loss (", "does not: swiglu_bwd by swiglu_bwd_bf16", "of the tolerance"]
+    {
+        assert!(said.contains(word), "no {word:?} in {said}");
+    }
+}
+
+/// What kernels of rows and elements move in a real step is within 1.05 of the least possible, with as many rows
+/// for each SM as there are in training; nothing meets a bank conflict.
+#[test]
+fn kernels_move_little_more_than_they_must() {
+    let folder = folder("traffic");
+    let args = "traffic --batch 2 --positions 512 --sms 2 --json --set model.hidden_size=512 \
+         model.intermediate_size=512 model.num_hidden_layers=1 model.num_attention_heads=8 \
+         model.num_key_value_heads=8 model.head_dim=64 train.ema=0.9";
+    let out = run(&folder, &args.split_whitespace().collect::<Vec<_>>());
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&out.stdout).unwrap();
+    let (mut held, number) = (0, |v: &serde_json::Value| v.as_f64().unwrap());
+    for row in &rows {
+        let kernels: Vec<_> = row["kernels"].as_object().unwrap().values().collect();
+        let sum = |key: &str| kernels.iter().map(|k| number(&k[key])).sum::<f64>();
+        assert_eq!(sum("conflicts"), 0.0, "{row}");
+        // Products read their operands tile by tile, runs of a patch share sectors, and what is small fills none.
+        let (op, least) = (row["op"].as_str().unwrap(), number(&row["least"]));
+        let row_by_row = sum("tensor_share") == 0.0 && !op.ends_with("patchify");
+        if row_by_row && least / number(&row["steps"]) >= 400e3 {
+            assert!(sum("moved") <= 1.05 * least, "{row}");
+            held += 1;
+        }
+    }
+    assert!(held >= 15, "{held}");
+}
+
 /// The whole model on its kernels, in the simulator with every check, follows the CPU.
 /// The whole model, on the kernels that a GPU would run: fifty steps of a bf16 model of two layers follow the CPU,
 /// and the picture that either device draws from the trained weights is the same.

@@ -82,6 +82,11 @@ impl SimDevice {
         &self.counters
     }
 
+    /// The same, which then begin anew.
+    pub fn take_counters(&mut self) -> BTreeMap<String, Counters> {
+        std::mem::take(&mut self.counters)
+    }
+
     /// Decodes the kernels of a plan that are not there yet.
     fn load(&mut self, plan: &Plan) -> Result<()> {
         resolve::check(plan, &self.options.target, &self.library)?;

@@ -196,7 +196,7 @@ fn column_sums(from: DType, to: DType, [groups, rows, width]: [u32; 3], scale: f
     let parts = (on.sms * PART_BLOCKS / columns.max(1)).clamp(1, rows.div_ceil(PART_ROWS).max(1));
     let sizes = [groups, rows, width].map(Arg::U32);
     let args = [Arg::scratch(0), Arg::input(0)].into_iter().chain(sizes).collect();
-    let (entry, shared) = (format!("add_bwd_parts_{}", from.name()), lots::THREADS * lot * 4);
+    let (entry, shared) = (format!("add_bwd_parts_{}", from.name()), lots::THREADS * (lot + 1) * 4);
     let begin = Launch::kernel(entry, [columns, parts, 1], lots::THREADS, shared, args);
     let all = groups * width;
     let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(parts), Arg::U32(all), Arg::F32(scale)];

@@ -198,7 +198,9 @@ impl Op for QkNormBwd {
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let normed = ins[0].shape.rows() * self.heads.qk_columns();
-        Cost { flops: 13 * normed as u64, bytes: traffic(ins, outs) }
+        // Of the values only the gradient is read.
+        let unread = ins[0].shape.rows() * self.heads.kv_columns() * ins[0].dtype.size();
+        Cost { flops: 13 * normed as u64, bytes: traffic(ins, outs) - unread as u64 }
     }
 
     fn memory(&self, out: usize) -> Memory {

@@ -102,9 +102,9 @@ impl Rope {
 }
 
 /// Multiplications and additions on the pairs of the q and k heads; sines are not counted.
-fn cost(heads: Heads, ins: &[Spec], outs: &[Spec]) -> Cost {
+fn flops(heads: Heads, ins: &[Spec]) -> u64 {
     let pairs = ins[0].shape.rows() * heads.qk_columns() / 2;
-    Cost { flops: 6 * pairs as u64, bytes: traffic(ins, outs) }
+    6 * pairs as u64
 }
 
 impl Op for Rope {
@@ -137,8 +137,10 @@ impl Op for Rope {
         self.launch("fwd", vec![Arg::output(0), Arg::input(1)], ins, on)
     }
 
-    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        cost(self.heads, ins, outs)
+    /// The value heads stay where they are.
+    fn cost(&self, ins: &[Spec], _: &[Spec]) -> Cost {
+        let turned = ins[0].shape.rows() * self.heads.qk_columns() * ins[0].dtype.size();
+        Cost { flops: flops(self.heads, ins), bytes: (2 * turned + ins[1].bytes()) as u64 }
     }
 
     fn memory(&self, _: usize) -> Memory {
@@ -172,7 +174,7 @@ impl Op for RopeBwd {
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        cost(self.0.heads, ins, outs)
+        Cost { flops: flops(self.0.heads, ins), bytes: traffic(ins, outs) }
     }
 }
 

@@ -154,12 +154,10 @@ impl Op for GatherRowsBwd {
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let (dy, dx) = (ins[0], outs[0]);
-        let touched = 2 * dy.shape.numel() * dx.dtype.size();
-        let cleared = if self.accumulate { 0 } else { dx.bytes() };
-        Cost {
-            flops: dy.shape.numel() as u64,
-            bytes: (dy.bytes() + ins[1].bytes() + touched + cleared) as u64,
-        }
+        // Sums are read and written once, however many rows of dy meet in them.
+        let met = dy.shape.numel().min(dx.shape.numel()) * dx.dtype.size();
+        let sums = if self.accumulate { 2 * met } else { dx.bytes() };
+        Cost { flops: dy.shape.numel() as u64, bytes: (dy.bytes() + ins[1].bytes() + sums) as u64 }
     }
 
     fn memory(&self, _: usize) -> Memory {

@@ -89,7 +89,9 @@ impl Op for TimeEmbedding {
         let sizes = [waves, size(self.width)?].map(Arg::U32);
         let args =
             [Arg::output(0), Arg::input(0)].into_iter().chain(sizes).chain([ratio(self.width / 2)]).collect();
-        Ok(lots::single(lots::over(entry, waves, 1, on, args)))
+        let lot = lots::lot(&[self.dtype]);
+        let lot = if (self.width / 2).is_multiple_of(lot as usize) { lot } else { 1 };
+        Ok(lots::single(lots::over(entry, waves, lot, on, args)))
     }
 
     fn adjoint(&self, _: &mut Graph, _: &Node, _: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {

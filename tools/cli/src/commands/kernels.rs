@@ -1,8 +1,12 @@
 //! `transfusion kernels`.
 mod bench;
+mod bisect;
 mod check;
+mod explain;
 mod list;
+mod rows;
 mod sim;
+mod traffic;
 mod workbench;
 
 use crate::failure::Outcome;
@@ -16,6 +20,9 @@ Examples:
   transfusion kernels check rmsnorm
   transfusion kernels check rmsnorm --cu my_rmsnorm.cu
   transfusion kernels bench linear --device cuda --cu my_linear.cu
+  transfusion kernels explain --preset 7b --batch 1 --target H200
+  transfusion kernels bisect --batch 1 --positions 128 --cu my_rmsnorm.cu
+  transfusion kernels traffic --batch 1 --positions 128
   transfusion kernels sim scale.ptx scale --grid 4 --block 256 out:y.bin:4096 in:x.bin f32:2 u32:1024")]
 pub(crate) struct Kernels {
     #[command(subcommand)]
@@ -27,6 +34,9 @@ enum What {
     List(list::List),
     Check(check::Check),
     Bench(bench::Bench),
+    Explain(explain::Explain),
+    Bisect(bisect::Bisect),
+    Traffic(traffic::Traffic),
     Sim(sim::Sim),
 }
 
@@ -37,6 +47,9 @@ impl Kernels {
             What::List(c) => c.run(),
             What::Check(c) => c.run(),
             What::Bench(c) => c.run(),
+            What::Explain(c) => c.run(),
+            What::Bisect(c) => c.run(),
+            What::Traffic(c) => c.run(),
             What::Sim(c) => c.run(),
         }
     }

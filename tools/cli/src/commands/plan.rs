@@ -1,5 +1,6 @@
 //! `transfusion plan`.
 use crate::{
+    commands::programs::{self, Named},
     console::{self, bytes, count},
     failure::{Failure, Outcome},
     settings::Settings,
@@ -9,13 +10,10 @@ use serde_json::{Value, json};
 use transfusion::{
     config::ModelConfig,
     engine::Program,
-    model::{self, Capacity, Extend, ImagePass, LossOptions},
+    model::{self, Capacity, LossOptions},
     run::RunConfig,
 };
 use transfusion_core::{op::Kind, plan};
-
-/// Positions of a prompt that sampling takes at once.
-const PREFILL: usize = 128;
 
 /// Show the bytes and the work of a training step and of sampling, before anything runs.
 ///
@@ -175,26 +173,11 @@ impl Training {
 
 /// The plans that sampling replays: a prompt, a token, and a guided step of an image.
 fn sampling(config: &RunConfig) -> Outcome<Vec<Sampling>> {
-    let (c, train) = (&config.model, &config.train);
-    let extend = |rows: usize, positions| Extend {
-        rows,
-        positions,
-        slots: train.rows,
-        capacity: train.positions,
-        ema: train.ema > 0.0,
+    let programs = programs::sampling(config).into_iter().filter(|p| p.name != "commit");
+    let planned = |p: Named| {
+        Ok(Sampling { name: p.name, positions: p.positions, plan: planned(&config.model, p.program)? })
     };
-    let prefill = PREFILL.min(train.positions);
-    let mut programs = vec![
-        ("prefill", prefill, Program::Text(extend(train.rows, prefill))),
-        ("decode", 1, Program::Text(extend(train.rows, 1))),
-    ];
-    if let Some(image) = c.image() {
-        let (p, pass) = (image.patches(), ImagePass::Denoise { guided: true });
-        let twice = Extend { slots: 2 * train.rows, ..extend(2 * train.rows, p) };
-        programs.push(("denoise", p, Program::Image(twice, pass)));
-    }
-    let planned = |(name, positions, program)| Ok(Sampling { name, positions, plan: planned(c, program)? });
-    programs.into_iter().map(planned).collect()
+    programs.map(planned).collect()
 }
 
 fn planned(c: &ModelConfig, program: Program) -> Outcome<plan::Plan> {

@@ -9,7 +9,7 @@ use std::{
 use transfusion_core::{
     cases::{self, Case},
     device::{CudaDevice, CudaOptions, Device},
-    launch::Target,
+    launch::Roofline,
     tensor::DType,
 };
 use transfusion_ptx::Module;
@@ -22,9 +22,26 @@ pub(crate) struct Workbench {
     /// Ops, as `linear attention` [default: all that have kernels].
     #[arg(value_name = "OP")]
     ops: Vec<String>,
+    #[command(flatten)]
+    machines: Machines,
+    /// How floats are stored.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Float::Bf16, Float::F32])]
+    float: Vec<Float>,
+}
+
+/// A machine that kernels are tried on, and kernels of one's own.
+#[derive(Args, Debug)]
+pub(crate) struct Machines {
     /// sim runs the PTX in the simulator; cuda and cuda:N on a GPU.
     #[arg(long, value_name = "DEVICE", default_value = "sim")]
     device: Bench,
+    #[command(flatten)]
+    simulated: Simulated,
+}
+
+/// A simulated machine, and kernels of one's own.
+#[derive(Args, Debug)]
+pub(crate) struct Simulated {
     /// The machine that launches are made for in the simulator.
     #[arg(long, value_enum, default_value_t = Model::A100)]
     target: Model,
@@ -42,9 +59,6 @@ pub(crate) struct Workbench {
     /// one, which pip fetches once].
     #[arg(long, value_name = "LIB")]
     nvrtc: Option<OsString>,
-    /// How floats are stored.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Float::Bf16, Float::F32])]
-    float: Vec<Float>,
 }
 
 /// Where kernels are tried.
@@ -67,11 +81,28 @@ impl FromStr for Bench {
     }
 }
 
-/// A machine that can be simulated.
+/// A machine that launches can be made for without it.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Model {
+#[value(rename_all = "UPPER")]
+pub(crate) enum Model {
+    #[value(alias = "a100")]
     A100,
+    #[value(alias = "h100")]
+    H100,
+    #[value(alias = "h200")]
     H200,
+}
+
+impl Model {
+    /// What it can do at most.
+    pub(crate) fn roofline(self) -> Roofline {
+        let [a100, h100, h200] = Roofline::ALL;
+        match self {
+            Model::A100 => a100,
+            Model::H100 => h100,
+            Model::H200 => h200,
+        }
+    }
 }
 
 /// A storage type.
@@ -108,23 +139,46 @@ impl Workbench {
 
     /// The machine, once for every schedule; a GPU has its own.
     pub(crate) fn open(&self, schedules: &[Schedule]) -> Outcome<Vec<Machine>> {
+        self.machines.open(schedules)
+    }
+
+    /// The cases of the ops that were asked for.
+    pub(crate) fn cases(&self, all: Vec<Case>) -> Outcome<Vec<Case>> {
+        let known: Vec<&str> = transfusion_core::ops::NAMES.to_vec();
+        if let Some(op) = self.ops.iter().find(|op| !known.contains(&op.as_str())) {
+            return Err(Failure::usage(format!("there is no op {op}"))
+                .hint(format!("the ops are {}", known.join(", "))));
+        }
+        let wanted = |case: &Case| self.ops.is_empty() || self.ops.iter().any(|op| op == case.op);
+        Ok(all.into_iter().filter(wanted).collect())
+    }
+
+    /// The case tables of the ops that were asked for.
+    pub(crate) fn tables(&self) -> Outcome<Vec<Case>> {
+        self.cases(cases::all())
+    }
+}
+
+impl Machines {
+    /// The machine, once for every schedule; a GPU has its own.
+    pub(crate) fn open(&self, schedules: &[Schedule]) -> Outcome<Vec<Machine>> {
         match self.device {
-            Bench::Sim => schedules.iter().map(|s| Ok(Machine::Sim(self.simulator(*s)?))).collect(),
+            Bench::Sim => schedules.iter().map(|s| Ok(Machine::Sim(self.simulated.open(*s)?))).collect(),
             Bench::Cuda(ordinal) => {
                 // The first opening tells the architecture that the files are to be compiled for.
                 let arch = CudaDevice::new(CudaOptions { ordinal, kernels: vec![] })?;
                 let arch = arch.target().map_or("sm_80", |t| t.arch);
-                let kernels = self.compiled(arch)?;
+                let kernels = self.simulated.compiled(arch)?;
                 Ok(vec![Machine::Cuda(CudaDevice::new(CudaOptions { ordinal, kernels })?)])
             }
         }
     }
+}
 
-    fn simulator(&self, schedule: Schedule) -> Outcome<SimDevice> {
-        let mut target = match self.target {
-            Model::A100 => Target::A100,
-            Model::H200 => Target::H200,
-        };
+impl Simulated {
+    /// The simulator.
+    pub(crate) fn open(&self, schedule: Schedule) -> Outcome<SimDevice> {
+        let mut target = self.target.roofline().target;
         target.sms = self.sms.map_or(target.sms, u32::from);
         let kernels = self.compiled(target.arch)?;
         let simulation = Options { schedule, ..Options::default() };
@@ -160,22 +214,6 @@ impl Workbench {
         let contract = Contract::read(path, &source.text).map_err(failure)?;
         contract.hold(path, &source.text, arch, &module).map_err(failure)?;
         Ok(module)
-    }
-
-    /// The cases of the ops that were asked for.
-    pub(crate) fn cases(&self, all: Vec<Case>) -> Outcome<Vec<Case>> {
-        let known: Vec<&str> = transfusion_core::ops::NAMES.to_vec();
-        if let Some(op) = self.ops.iter().find(|op| !known.contains(&op.as_str())) {
-            return Err(Failure::usage(format!("there is no op {op}"))
-                .hint(format!("the ops are {}", known.join(", "))));
-        }
-        let wanted = |case: &Case| self.ops.is_empty() || self.ops.iter().any(|op| op == case.op);
-        Ok(all.into_iter().filter(wanted).collect())
-    }
-
-    /// The case tables of the ops that were asked for.
-    pub(crate) fn tables(&self) -> Outcome<Vec<Case>> {
-        self.cases(cases::all())
     }
 }
 
