@@ -1,0 +1,71 @@
+//! The rungs of `kernels-cu/ladder`: held as the real kernels are, and counted as its README says.
+use std::{collections::BTreeSet, fs, sync::Arc};
+use transfusion_core::{Error, tensor::Host};
+use transfusion_ptxsim::Schedule;
+use transfusion_tests::{
+    judge::simulator,
+    rungs::{self, LADDERS, Rung, TARGET},
+};
+
+/// Cases with more operations are left to the real kernel: the first rungs take long.
+const FLOPS: u64 = 20_000_000;
+
+/// Cases that a rung takes at least.
+const CASES: usize = 10;
+
+/// What is wrong with the rungs of an op.
+fn climb(op: &str) {
+    let applications = rungs::applications(op, FLOPS);
+    let expected: Vec<_> = applications.iter().map(|a| a.expected().unwrap()).collect();
+    let mut faults = vec![];
+    for rung in Rung::of(op).into_iter().map(Arc::new) {
+        let mut machines = [0, 1].map(|s| simulator(TARGET, s, std::slice::from_ref(&rung.module)));
+        assert!(machines.len() <= Schedule::SEVERAL.len());
+        let (mut taken, mut launched) = (0, BTreeSet::new());
+        for (a, expected) in applications.iter().zip(&expected) {
+            let mut fault = |what: String| faults.push(format!("{op}/{}: {a}: {what}", rung.name));
+            let runs = machines.each_mut().map(|machine| rung.application(a).run(machine));
+            match runs {
+                [Err(Error::NoKernel { .. }), _] => continue,
+                [Ok(first), Ok(second)] => {
+                    let broken = expected.compare(&first).into_iter().filter(|worst| !worst.holds());
+                    broken.for_each(|worst| fault(worst.to_string()));
+                    if !same_bits(&first, &second) {
+                        fault("another schedule changes bits".into());
+                    }
+                }
+                [Err(e), _] | [_, Err(e)] => fault(e.to_string()),
+            }
+            taken += 1;
+        }
+        launched.extend(machines[0].counters().keys().cloned());
+        let entries = rung.module.entries().unwrap().into_iter().map(|e| e.name);
+        let left: Vec<String> = entries.filter(|name| !launched.contains(name)).collect();
+        assert!(left.is_empty(), "{op}/{}: no case launches {left:?}", rung.name);
+        assert!(taken >= CASES, "{op}/{} takes {taken} cases", rung.name);
+    }
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults[..faults.len().min(5)].join("\n"));
+}
+
+fn same_bits(a: &[Host], b: &[Host]) -> bool {
+    a.iter().zip(b).all(|(a, b)| a.view().bytes() == b.view().bytes())
+}
+
+#[test]
+fn linear() {
+    climb("linear");
+}
+
+#[test]
+fn rmsnorm() {
+    climb("rmsnorm");
+}
+
+#[test]
+fn every_file_is_a_rung() {
+    for (op, rungs) in LADDERS {
+        let files = fs::read_dir(rungs::kernels().join("ladder").join(op)).unwrap();
+        let files: BTreeSet<_> = files.map(|f| f.unwrap().path().file_stem().unwrap().to_owned()).collect();
+        assert_eq!(files, rungs.iter().map(Into::into).collect(), "{op}");
+    }
+}

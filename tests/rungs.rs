@@ -1,0 +1,340 @@
+//! The rungs of `kernels-cu/ladder` as kernels of their ops.
+//!
+//! A rung has no line of Rust: its contract is its launch. The op says what its own kernel is given, the
+//! contract of that kernel calls each argument by a name, and the rung's contract asks for them by name; grid,
+//! dynamic shared memory and scratch buffers are formulas of the sizes. So a rung is one more implementation of
+//! the op: cases, tolerance law and devices are those of the real kernel.
+mod words;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use transfusion_core::{
+    Error,
+    agreement::{self, Application},
+    cases::{self, Case},
+    cpu::Cpu,
+    graph::Graph,
+    launch::{Arg, Cost, Kernels, Launch, Operand, Target},
+    op::{Memory, Op},
+    ops::{Epilogue, Heads},
+    tensor::{DType, Host, In, Out, Spec},
+};
+use transfusion_ptx::Module;
+use transfusion_ptxc::{
+    Contract,
+    contract::{Role, Row},
+};
+use transfusion_ptxsim::{Class, Counters, Options, SimDevice, SimOptions};
+use words::Names;
+
+/// Every ladder: the op, and its rungs from the ground up.
+pub const LADDERS: [(&str, &[&str]); 2] = [
+    ("linear", &["naive", "shared_tile", "register_tile", "tensor_core", "ldmatrix_swizzle", "cp_async"]),
+    ("rmsnorm", &["thread_per_row", "block_per_row", "warp_shuffle", "vector_loads", "in_registers"]),
+];
+
+/// The machine that grids are made for.
+pub const TARGET: Target = Target::A100;
+
+/// A version of a kernel that is kept for learning.
+#[derive(Clone, Debug)]
+pub struct Rung {
+    /// Its idea: the stem of its file.
+    pub name: String,
+    /// Its PTX.
+    pub module: Module,
+    rows: Vec<Row>,
+    /// Conditions on the sizes.
+    needs: Vec<String>,
+    /// Buffers of its own, and their bytes.
+    scratch: Vec<(String, String)>,
+    /// The contract of the kernel that is shipped.
+    shipped: Arc<Contract>,
+}
+
+impl Rung {
+    /// The rungs of an op, from the ground up.
+    ///
+    /// # Panics
+    /// If a file is missing or has no contract.
+    pub fn of(op: &str) -> Vec<Rung> {
+        let (_, names) = LADDERS.iter().find(|(o, _)| *o == op).unwrap();
+        let shipped = Arc::new(contract(&kernels().join(format!("{op}.cu"))).0);
+        let rung = |name: &&str| {
+            let stem = format!("ladder/{op}/{name}");
+            let (contract, text) = contract(&kernels().join(format!("{stem}.cu")));
+            let line = |word: &str| {
+                let line = text.lines().find_map(|l| l.strip_prefix("// ")?.strip_prefix(word));
+                line.into_iter().flat_map(|l| l.split(',')).map(|part| part.trim().to_string())
+            };
+            let pair = |text: String| text.split_once(' ').map(|(name, bytes)| (name.into(), bytes.into()));
+            let ptx = read(&kernels().join(format!("../ptx/{}/{stem}.ptx", TARGET.arch)));
+            Rung {
+                name: name.to_string(),
+                module: Module::new(TARGET.arch, stem, ptx),
+                rows: contract.rows,
+                needs: line("Needs ").collect(),
+                scratch: line("Scratch ").map(|text| pair(text).unwrap()).collect(),
+                shipped: shipped.clone(),
+            }
+        };
+        names.iter().map(rung).collect()
+    }
+
+    /// An application of its op, made by this rung.
+    pub fn application(self: &Arc<Self>, a: &Application) -> Application {
+        Application { op: Arc::new(OnRung { op: a.op.clone(), rung: self.clone() }), ..a.clone() }
+    }
+
+    /// What it launches in place of `shipped`.
+    fn kernels(&self, shipped: &Kernels, outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        let [Launch::Kernel { entry, grid, args, .. }] = &shipped.launches[..] else {
+            return Ok(shipped.clone());
+        };
+        let row = self.shipped.rows.iter().find(|row| row.entry == *entry).unwrap();
+        let given: BTreeMap<&str, &Arg> = row.arguments.iter().map(|a| a.name.as_str()).zip(args).collect();
+        let names = names(row, &given, *grid, on);
+        if let Some(need) = first_unmet(&self.needs, &names)? {
+            return Err(format!("{} needs {need}", self.name));
+        }
+        let rows: Vec<&Row> = self.rows.iter().filter(|r| fits(&r.entry, entry)).collect();
+        let named: HashSet<&str> = rows.iter().flat_map(|r| &r.arguments).map(|a| a.name.as_str()).collect();
+        let mut operands: Vec<Operand> = (0..outs.len()).map(Operand::Out).collect();
+        operands.extend(args.iter().filter_map(operand));
+        let bound = |o: &Operand| given.iter().any(|(n, a)| named.contains(n) && operand(a) == Some(*o));
+        if let Some(left) = operands.iter().find(|o| !bound(o)) {
+            return Err(format!("{} has no use for {left:?}", self.name));
+        }
+        let bytes = |(_, bytes): &(String, String)| words::number(bytes, &names).map(|n| n as usize);
+        let scratch = self.scratch.iter().map(bytes).collect::<Result<Vec<usize>, String>>()?;
+        let argument = |a: &str| {
+            let own = self.scratch.iter().position(|(name, _)| name == a).map(Arg::scratch);
+            let size = || names.get(a).map(|n| Arg::U32(*n as u32));
+            own.or_else(|| given.get(a).copied().cloned()).or_else(size).ok_or(format!("what is {a}?"))
+        };
+        let launch = |row: &&Row| {
+            let mut grid = words::numbers(&row.grid, &names)?;
+            grid.resize(3, 1);
+            Ok(Launch::Kernel {
+                entry: row.entry.clone(),
+                grid: [0, 1, 2].map(|i| grid[i] as u32),
+                block: row.block,
+                cluster: [1; 3],
+                shared: if row.dynamic.is_empty() { 0 } else { words::number(&row.dynamic, &names)? as u32 },
+                args: row.arguments.iter().map(|a| argument(&a.name)).collect::<Result<_, String>>()?,
+            })
+        };
+        let launches = rows.iter().map(launch).collect::<Result<Vec<Launch>, String>>()?;
+        Ok(Kernels { scratch, launches })
+    }
+}
+
+/// The folder of the sources.
+pub fn kernels() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels-cu")
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+fn contract(path: &Path) -> (Contract, String) {
+    let text = read(path);
+    (Contract::read(path, &text).unwrap_or_else(|e| panic!("{e}")), text)
+}
+
+/// Whether an entry of a rung is for what this shipped entry does: the same dtype, and the same `d64` if it has
+/// one.
+fn fits(entry: &str, shipped: &str) -> bool {
+    let dtype = entry.rsplit('_').next() == shipped.rsplit('_').next();
+    dtype && width(entry).is_none_or(|d| width(shipped) == Some(d))
+}
+
+/// The head width that an entry names, as `d64`.
+fn width(entry: &str) -> Option<u64> {
+    entry.split('_').find_map(|part| part.strip_prefix('d')?.parse().ok())
+}
+
+/// The sizes of a launch by name: its arguments, what its grid is said to be, and the head width.
+fn names(row: &Row, given: &BTreeMap<&str, &Arg>, grid: [u32; 3], on: &Target) -> Names {
+    let sizes = row.arguments.iter().filter(|a| a.role == Role::Size);
+    let sizes = sizes.filter_map(|a| match given.get(a.name.as_str()) {
+        Some(Arg::U32(n)) => Some((a.name.clone(), u64::from(*n))),
+        _ => None,
+    });
+    let cells = row.grid.split(',').map(|cell| cell.trim().to_string());
+    let cells = cells.zip(grid.map(u64::from)).filter(|(cell, _)| cell.chars().all(char::is_alphabetic));
+    let others = width(&row.entry).map(|d| ("D".into(), d));
+    let mut names: Names = cells.chain(sizes).chain(others).collect();
+    names.insert("sms".into(), on.sms.into());
+    names
+}
+
+fn first_unmet<'a>(needs: &'a [String], names: &Names) -> Result<Option<&'a String>, String> {
+    for need in needs {
+        if !words::holds(need, names)? {
+            return Ok(Some(need));
+        }
+    }
+    Ok(None)
+}
+
+fn operand(arg: &Arg) -> Option<Operand> {
+    match arg {
+        Arg::Address(operand, _) | Arg::Map(operand, _) => Some(*operand),
+        _ => None,
+    }
+}
+
+/// An op that runs on a rung: the op in everything but its kernels.
+#[derive(Debug)]
+struct OnRung {
+    op: Arc<dyn Op>,
+    rung: Arc<Rung>,
+}
+
+impl Op for OnRung {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+
+    fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
+        self.op.infer(ins)
+    }
+
+    fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
+        self.op.eval(ins, outs, cpu);
+    }
+
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        self.rung.kernels(&self.op.kernels(ins, outs, on)?, outs, on)
+    }
+
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        self.op.plain(specs, ins)
+    }
+
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        self.op.cost(ins, outs)
+    }
+
+    fn memory(&self, out: usize) -> Memory {
+        self.op.memory(out)
+    }
+}
+
+/// The applications of an op in its case tables, of at most so many operations.
+///
+/// # Panics
+/// If a case is refused.
+pub fn applications(op: &str, flops: u64) -> Vec<Application> {
+    let all = cases::all().into_iter().filter(|case| case.op == op);
+    let all = all.flat_map(|case| [DType::Bf16, DType::F32].map(|float| forward(&case, float)));
+    let mut seen = HashSet::new();
+    all.filter(|a| a.cost().flops <= flops && seen.insert(format!("{a} {:?}", a.op))).collect()
+}
+
+/// The op of a case, applied.
+fn forward(case: &Case, float: DType) -> Application {
+    let all = agreement::applications(case, float, &mut agreement::cpu().unwrap()).unwrap();
+    all.into_iter().find(|a| a.op.name() == case.op).unwrap()
+}
+
+/// The application that the ladder of an op is told with, and in words what it is.
+///
+/// # Panics
+/// If the op has no ladder.
+pub fn shown(op: &str) -> (Application, String) {
+    let (case, words) = match op {
+        "linear" => {
+            let build = |g: &mut Graph, x: &[_]| vec![g.linear(x[0], x[1], Epilogue::default())];
+            let case = Case::new("linear", "256x256x256", build).normal([256, 256]).normal([256, 256]);
+            (case, "`y [256, 256] = x [256, 256] w [256, 256]^T`, bf16")
+        }
+        "rmsnorm" => {
+            let case = Case::new("rmsnorm", "8192x512", |g, x| vec![g.rmsnorm(x[0], x[1], 1e-5)]);
+            (case.normal([8192, 512]).normal([512]), "`x [8192, 512]`, bf16")
+        }
+        "attention" => {
+            // Text, a picture of 64 positions that see each other, text.
+            let (positions, picture) = (256, 96..160);
+            let end = |i| if picture.contains(&i) { picture.end } else { i + 1 };
+            let ends: Vec<i32> = (0..positions).map(end).collect();
+            let heads = Heads { heads: 4, kv_heads: 2, width: 64 };
+            let case = Case::new("attention", "256", move |g, x| vec![g.attention(x[0], x[1], x[2], heads)]);
+            let case = case.normal([1, 256, 8 * 64]).ints([1, 256], &[0]).ints([1, 256], &ends);
+            let words = "256 positions, 4 heads of 64 over 2 heads of keys and values, bf16; causal, but for a \
+                picture of 64 positions that see each other";
+            (case, words)
+        }
+        _ => panic!("{op} has no ladder"),
+    };
+    (forward(&case.without_gradient(), DType::Bf16), words.into())
+}
+
+/// What an application does on a simulated GPU, all its kernels together.
+fn count(a: &Application, kernels: &[Module]) -> Result<Counters, Error> {
+    let options = SimOptions { target: TARGET, simulation: Options::default(), kernels: kernels.to_vec() };
+    let mut machine = SimDevice::new(options)?;
+    a.run(&mut machine)?;
+    let mut sum = Counters::default();
+    machine.counters().values().for_each(|c| sum.add(c));
+    Ok(sum)
+}
+
+/// The ladder of an op in the simulator's counters, the shipped kernel last.
+///
+/// # Panics
+/// If a rung has findings.
+pub fn table(op: &str) -> String {
+    let (a, words) = shown(op);
+    let cost = a.cost();
+    let mut lines: Vec<(String, Counters)> = Rung::of(op)
+        .into_iter()
+        .map(Arc::new)
+        .map(|rung| (rung.name.clone(), count(&rung.application(&a), &[rung.module.clone()]).unwrap()))
+        .collect();
+    lines.push((format!("*{op}.cu*"), count(&a, &[]).unwrap()));
+    let tensor = lines.iter().any(|(_, c)| c.total.tensor_flops > 0);
+    let mut text = format!("{words}: {} flops, {} bytes at least.\n\n", cost.flops, cost.bytes);
+    text.push_str(
+        "| rung | thread instructions | sectors / least | shared wavefronts | of these conflicts |",
+    );
+    text.push_str(if tensor { " mma share | tensor flops / flops |\n" } else { "\n" });
+    text.push_str("|---|---:|---:|---:|---:|");
+    text.push_str(if tensor { "---:|---:|\n" } else { "\n" });
+    for (name, c) in lines {
+        let t = c.total;
+        let mma = c.classes.get(&Class::Tensor).map_or(0, |c| c.warp_instructions);
+        let least = t.global_sectors as f64 * 32.0 / cost.bytes as f64;
+        text.push_str(&format!(
+            "| {name} | {} | {least:.2} | {} | {} |",
+            t.thread_instructions, t.shared_wavefronts, t.bank_conflicts
+        ));
+        if tensor {
+            let share = 100.0 * mma as f64 / t.warp_instructions as f64;
+            text.push_str(&format!(" {share:.1} % | {:.2} |", t.tensor_flops as f64 / cost.flops as f64));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// The README of the ladders with its tables, which stand between markers, counted anew.
+///
+/// # Panics
+/// If a marker is missing.
+pub fn readme(text: &str) -> String {
+    let mut text = text.to_string();
+    for (op, _) in LADDERS {
+        let (begin, end) = (format!("<!-- {op}: written by `ladder write` -->\n"), "<!-- end -->");
+        let (head, rest) = text.split_once(&begin).unwrap_or_else(|| panic!("no line {begin}"));
+        let (_, tail) = rest.split_once(end).unwrap_or_else(|| panic!("no line {end}"));
+        text = format!("{head}{begin}{}{end}{tail}", table(op));
+    }
+    text
+}
