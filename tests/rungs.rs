@@ -32,8 +32,9 @@ use transfusion_ptxsim::{Class, Counters, Options, SimDevice, SimOptions};
 use words::Names;
 
 /// Every ladder: the op, and its rungs from the ground up.
-pub const LADDERS: [(&str, &[&str]); 2] = [
+pub const LADDERS: [(&str, &[&str]); 3] = [
     ("linear", &["naive", "shared_tile", "register_tile", "tensor_core", "ldmatrix_swizzle", "cp_async"]),
+    ("attention", &["two_pass", "online_softmax", "shared_tile", "tensor_core", "skip_tiles", "cp_async"]),
     ("rmsnorm", &["thread_per_row", "block_per_row", "warp_shuffle", "vector_loads", "in_registers"]),
 ];
 
@@ -101,7 +102,7 @@ impl Rung {
         if let Some(need) = first_unmet(&self.needs, &names)? {
             return Err(format!("{} needs {need}", self.name));
         }
-        let rows: Vec<&Row> = self.rows.iter().filter(|r| fits(&r.entry, entry)).collect();
+        let rows: Vec<&Row> = self.rows.iter().filter(|r| dtype(&r.entry) == dtype(entry)).collect();
         let named: HashSet<&str> = rows.iter().flat_map(|r| &r.arguments).map(|a| a.name.as_str()).collect();
         let mut operands: Vec<Operand> = (0..outs.len()).map(Operand::Out).collect();
         operands.extend(args.iter().filter_map(operand));
@@ -147,11 +148,9 @@ fn contract(path: &Path) -> (Contract, String) {
     (Contract::read(path, &text).unwrap_or_else(|e| panic!("{e}")), text)
 }
 
-/// Whether an entry of a rung is for what this shipped entry does: the same dtype, and the same `d64` if it has
-/// one.
-fn fits(entry: &str, shipped: &str) -> bool {
-    let dtype = entry.rsplit('_').next() == shipped.rsplit('_').next();
-    dtype && width(entry).is_none_or(|d| width(shipped) == Some(d))
+/// The dtype that an entry names, last of all.
+fn dtype(entry: &str) -> Option<&str> {
+    entry.rsplit('_').next()
 }
 
 /// The head width that an entry names, as `d64`.
