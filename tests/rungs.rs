@@ -11,12 +11,14 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 use transfusion_core::{
     Error,
     agreement::{self, Application},
     cases::{self, Case},
     cpu::Cpu,
+    device::{CudaDevice, CudaOptions, Device},
     graph::Graph,
     launch::{Arg, Cost, Kernels, Launch, Operand, Target},
     op::{Memory, Op},
@@ -255,8 +257,8 @@ pub fn shown(op: &str) -> (Application, String) {
             (case, "`y [256, 256] = x [256, 256] w [256, 256]^T`, bf16")
         }
         "rmsnorm" => {
-            let case = Case::new("rmsnorm", "8192x512", |g, x| vec![g.rmsnorm(x[0], x[1], 1e-5)]);
-            (case.normal([8192, 512]).normal([512]), "`x [8192, 512]`, bf16")
+            let case = Case::new("rmsnorm", "8192x1024", |g, x| vec![g.rmsnorm(x[0], x[1], 1e-5)]);
+            (case.normal([8192, 1024]).normal([1024]), "`x [8192, 1024]`, bf16")
         }
         "attention" => {
             // Text, a picture of 64 positions that see each other, text.
@@ -299,7 +301,8 @@ pub fn table(op: &str) -> String {
         .collect();
     lines.push((format!("*{op}.cu*"), count(&a, &[]).unwrap()));
     let tensor = lines.iter().any(|(_, c)| c.total.tensor_flops > 0);
-    let mut text = format!("{words}: {} flops, {} bytes at least.\n\n", cost.flops, cost.bytes);
+    let (flops, bytes) = (short(cost.flops), short(cost.bytes));
+    let mut text = format!("{words}: {flops} flops, {bytes} bytes at least.\n\n");
     text.push_str(
         "| rung | thread instructions | sectors / least | shared wavefronts | of these conflicts |",
     );
@@ -312,7 +315,9 @@ pub fn table(op: &str) -> String {
         let least = t.global_sectors as f64 * 32.0 / cost.bytes as f64;
         text.push_str(&format!(
             "| {name} | {} | {least:.2} | {} | {} |",
-            t.thread_instructions, t.shared_wavefronts, t.bank_conflicts
+            short(t.thread_instructions),
+            short(t.shared_wavefronts),
+            short(t.bank_conflicts)
         ));
         if tensor {
             let share = 100.0 * mma as f64 / t.warp_instructions as f64;
@@ -321,6 +326,42 @@ pub fn table(op: &str) -> String {
         text.push('\n');
     }
     text
+}
+
+/// A count in four digits.
+fn short(n: u64) -> String {
+    let (n, unit) = match n {
+        0..10_000 => return n.to_string(),
+        10_000..1_000_000 => (n as f64 / 1e3, "k"),
+        _ => (n as f64 / 1e6, "M"),
+    };
+    let digits = 3 - (n.log10().floor() as usize).min(3);
+    format!("{n:.digits$} {unit}")
+}
+
+/// The median time of each rung of an op on a GPU, and of the shipped kernel, in lines.
+///
+/// # Errors
+/// Those of the device.
+pub fn times(op: &str, ordinal: usize) -> Result<String, Error> {
+    let (a, _) = shown(op);
+    let mut all: Vec<(String, Application, Vec<Module>)> = Rung::of(op)
+        .into_iter()
+        .map(Arc::new)
+        .map(|rung| (rung.name.clone(), rung.application(&a), vec![rung.module.clone()]))
+        .collect();
+    all.push((format!("{op}.cu"), a, vec![]));
+    let mut text = String::new();
+    for (name, a, kernels) in all {
+        let mut gpu = CudaDevice::new(CudaOptions { ordinal, kernels })?;
+        let id = a.open(&mut gpu)?;
+        // The first launches load code and raise clocks.
+        let runs = (0..23).map(|_| Ok(gpu.profile(id)?.iter().sum()));
+        let mut times = runs.skip(3).collect::<Result<Vec<Duration>, Error>>()?;
+        times.sort();
+        text.push_str(&format!("{name:20} {:9.1} us\n", times[times.len() / 2].as_secs_f64() * 1e6));
+    }
+    Ok(text)
 }
 
 /// The README of the ladders with its tables, which stand between markers, counted anew.

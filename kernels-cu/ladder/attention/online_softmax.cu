@@ -4,10 +4,10 @@
 // A warp takes a query past its keys once and keeps the largest score so far, the sum of the weights relative to it,
 // and the weighted sum of the values. A larger score shrinks both sums by exp(old - new): at the end they are what two
 // passes would have made. Nothing of the size T Tk exists, and hidden keys are never looked at.
-// What it costs: every query reads all its keys and values itself, so nothing is shared; and the ten steps of a sum
-// over the lanes stand between one key and the next.
+// What it costs: every query reads all its keys and values itself, so nothing is shared; and the five shuffles
+// of a sum over the lanes stand between one key and the next.
 //
-// entry                          grid     block  shared  arguments                                                              bytes                       flops
+// entry                              grid     block  shared  arguments                                                              bytes                       flops
 // attention_fwd_online_softmax_bf16  T/4,H,B  128    0       o lse | q k v row_start row_end | T Tk H G q_stride kv_stride | scale  2B(2TH+2TkH/G)D+4BTH+8BT  4BHTTkD
 //
 // Needs   D == 64

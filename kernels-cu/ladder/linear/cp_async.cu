@@ -65,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(128)
             for (u32 j = 0; j < 4; j++) {
                 const u32 n = row0 + i0 + i * 16 + half * 8 + lane / 4, m = column0 + j0 + j * 8 + lane % 4 * 2;
                 if (n < rows && m < columns)
-                    *reinterpret_cast<u32*>(y + u64(n) * columns + m) = pack(sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
+                    *reinterpret_cast<u32*>(y + u64(n) * columns + m) =
+                        pack(sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
             }
 }

@@ -3,9 +3,9 @@
 //
 // The 16x16 results of a block need only 16 rows of x and 16 of w. The block loads 32 columns of them at a time, each
 // element once, neighbours by neighbouring threads; then all threads read them from shared memory, 16 times each.
-// What it costs: still two loads for each multiply-add, now of shared memory, whose 32 banks hold words whose addresses
-// differ by less than 128 bytes: rows of w lie 128 bytes apart, so 16 threads that read one column ask one bank, which
-// answers one after the other (bank conflicts).
+// What it costs: still two loads for each multiply-add, now of shared memory. That has 32 banks, word i in bank i % 32,
+// each of which answers one word a cycle. Rows of the tile are 32 words long, so the 16 threads that read a column of w
+// all ask the same bank, and wait for one another (bank conflicts).
 //
 // entry                        grid       block  shared  arguments          bytes        flops
 // linear_fwd_shared_tile_bf16  M/16,N/16  16x16  4096    y | x w | N M K |  2NK+2MK+2NM  2NMK

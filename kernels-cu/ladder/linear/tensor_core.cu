@@ -4,7 +4,7 @@
 // mma.sync multiplies 16x16 by 16x8 in one instruction of a warp: 64 multiply-adds for each lane. Its operands are
 // spread over the lanes in a fixed pattern (see `multiply_add` in common/ptx.cuh); a register holds two bf16 that are
 // neighbours along the depth, so x and w stay as they lie in memory. Four warps make 64x64 results, 32x32 each.
-// What it costs: the pattern is fetched word by word, eight loads of shared memory for two products, and the rows of
+// What it costs: the pattern is fetched word by word, sixteen loads of shared memory for eight products, and the rows of
 // the tile, 64 bytes apart, bring every other row back to the same banks.
 //
 // entry                        grid       block  shared  arguments          bytes        flops
@@ -65,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(128)
             for (u32 j = 0; j < 4; j++) {
                 const u32 n = row0 + i0 + i * 16 + half * 8, m = column0 + warp % 2 * 32 + j * 8 + t;
                 if (n < rows && m < columns)
-                    *reinterpret_cast<u32*>(y + u64(n) * columns + m) = pack(sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
+                    *reinterpret_cast<u32*>(y + u64(n) * columns + m) =
+                        pack(sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
             }
 }
