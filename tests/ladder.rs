@@ -20,12 +20,15 @@ fn climb(op: &str) {
     let mut faults = vec![];
     for rung in Rung::of(op).into_iter().map(Arc::new) {
         let mut machines = [0, 1].map(|s| simulator(TARGET, s, std::slice::from_ref(&rung.module)));
-        let mut taken = 0;
+        let (mut taken, mut refused) = (0, String::new());
         for (a, expected) in applications.iter().zip(&expected) {
             let mut fault = |what: String| faults.push(format!("{op}/{}: {a}: {what}", rung.name));
             let runs = machines.each_mut().map(|machine| rung.application(a).run(machine));
             match runs {
-                [Err(Error::NoKernel { .. }), _] => continue,
+                [Err(Error::NoKernel { why, .. }), _] => {
+                    refused = why;
+                    continue;
+                }
                 [Ok(first), Ok(second)] => {
                     let broken = expected.compare(&first).into_iter().filter(|worst| !worst.holds());
                     broken.for_each(|worst| fault(worst.to_string()));
@@ -41,7 +44,7 @@ fn climb(op: &str) {
         let entries = rung.module.entries().unwrap().into_iter().map(|e| e.name);
         let left: Vec<String> = entries.filter(|name| !launched.contains_key(name)).collect();
         assert!(left.is_empty(), "{op}/{}: no case launches {left:?}", rung.name);
-        assert!(taken >= CASES, "{op}/{} takes {taken} cases", rung.name);
+        assert!(taken >= CASES, "{op}/{} takes {taken} cases: {refused}", rung.name);
     }
     assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults[..faults.len().min(5)].join("\n"));
 }

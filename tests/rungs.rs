@@ -98,43 +98,58 @@ impl Rung {
         let [Launch::Kernel { entry, grid, args, .. }] = &shipped.launches[..] else {
             return Ok(shipped.clone());
         };
-        let row = self.shipped.rows.iter().find(|row| row.entry == *entry).unwrap();
-        let given: BTreeMap<&str, &Arg> = row.arguments.iter().map(|a| a.name.as_str()).zip(args).collect();
+        let row = self.shipped.rows.iter().find(|row| row.entry == *entry);
+        let row = row.ok_or_else(|| format!("no contract has {entry}"))?;
+        let given: Given<'_> = row.arguments.iter().map(|a| a.name.as_str()).zip(args).collect();
         let names = names(row, &given, *grid, on);
-        if let Some(need) = first_unmet(&self.needs, &names)? {
-            return Err(format!("{} needs {need}", self.name));
-        }
         let rows: Vec<&Row> = self.rows.iter().filter(|r| dtype(&r.entry) == dtype(entry)).collect();
-        let named: HashSet<&str> = rows.iter().flat_map(|r| &r.arguments).map(|a| a.name.as_str()).collect();
-        let mut operands: Vec<Operand> = (0..outs.len()).map(Operand::Out).collect();
-        operands.extend(args.iter().filter_map(operand));
-        let bound = |o: &Operand| given.iter().any(|(n, a)| named.contains(n) && operand(a) == Some(*o));
-        if let Some(left) = operands.iter().find(|o| !bound(o)) {
-            return Err(format!("{} has no use for {left:?}", self.name));
-        }
+        self.admit(&rows, &given, outs.len(), &names)?;
         let bytes = |(_, bytes): &(String, String)| words::number(bytes, &names).map(|n| n as usize);
-        let scratch = self.scratch.iter().map(bytes).collect::<Result<Vec<usize>, String>>()?;
-        let argument = |a: &str| {
-            let own = self.scratch.iter().position(|(name, _)| name == a).map(Arg::scratch);
-            let size = || names.get(a).map(|n| Arg::U32(*n as u32));
-            own.or_else(|| given.get(a).copied().cloned()).or_else(size).ok_or(format!("what is {a}?"))
+        Ok(Kernels {
+            scratch: self.scratch.iter().map(bytes).collect::<Result<_, String>>()?,
+            launches: rows.iter().map(|r| self.launch(r, &given, &names)).collect::<Result<_, String>>()?,
+        })
+    }
+
+    /// Refuses sizes that the contract does not admit, and operands that it does not name.
+    fn admit(&self, rows: &[&Row], given: &Given<'_>, outs: usize, names: &Names) -> Result<(), String> {
+        for need in &self.needs {
+            if !words::holds(need, names)? {
+                return Err(format!("{} needs {need}", self.name));
+            }
+        }
+        let arguments = rows.iter().flat_map(|r| &r.arguments);
+        let named: Vec<Operand> =
+            arguments.filter_map(|a| given.get(a.name.as_str())).filter_map(|arg| operand(arg)).collect();
+        let all = (0..outs).map(Operand::Out).chain(given.values().filter_map(|arg| operand(arg)));
+        match all.into_iter().find(|o| !named.contains(o)) {
+            Some(left) => Err(format!("{} has no use for {left:?}", self.name)),
+            None => Ok(()),
+        }
+    }
+
+    fn launch(&self, row: &Row, given: &Given<'_>, names: &Names) -> Result<Launch, String> {
+        let argument = |name: &str| {
+            let own = self.scratch.iter().position(|(scratch, _)| scratch == name).map(Arg::scratch);
+            let size = || names.get(name).map(|n| Arg::U32(*n as u32));
+            let arg = own.or_else(|| given.get(name).copied().cloned()).or_else(size);
+            arg.ok_or_else(|| format!("what is {name}?"))
         };
-        let launch = |row: &&Row| {
-            let mut grid = words::numbers(&row.grid, &names)?;
-            grid.resize(3, 1);
-            Ok(Launch::Kernel {
-                entry: row.entry.clone(),
-                grid: [0, 1, 2].map(|i| grid[i] as u32),
-                block: row.block,
-                cluster: [1; 3],
-                shared: if row.dynamic.is_empty() { 0 } else { words::number(&row.dynamic, &names)? as u32 },
-                args: row.arguments.iter().map(|a| argument(&a.name)).collect::<Result<_, String>>()?,
-            })
-        };
-        let launches = rows.iter().map(launch).collect::<Result<Vec<Launch>, String>>()?;
-        Ok(Kernels { scratch, launches })
+        let mut grid = words::numbers(&row.grid, names)?;
+        grid.resize(3, 1);
+        Ok(Launch::Kernel {
+            entry: row.entry.clone(),
+            grid: [0, 1, 2].map(|i| grid[i] as u32),
+            block: row.block,
+            cluster: [1; 3],
+            shared: if row.dynamic.is_empty() { 0 } else { words::number(&row.dynamic, names)? as u32 },
+            args: row.arguments.iter().map(|a| argument(&a.name)).collect::<Result<_, String>>()?,
+        })
     }
 }
+
+/// What the shipped kernel is given, by the names of its contract.
+type Given<'a> = BTreeMap<&'a str, &'a Arg>;
 
 /// The folder of the sources.
 pub fn kernels() -> PathBuf {
@@ -161,7 +176,7 @@ fn width(entry: &str) -> Option<u64> {
 }
 
 /// The sizes of a launch by name: its arguments, what its grid is said to be, and the head width.
-fn names(row: &Row, given: &BTreeMap<&str, &Arg>, grid: [u32; 3], on: &Target) -> Names {
+fn names(row: &Row, given: &Given<'_>, grid: [u32; 3], on: &Target) -> Names {
     let sizes = row.arguments.iter().filter(|a| a.role == Role::Size);
     let sizes = sizes.filter_map(|a| match given.get(a.name.as_str()) {
         Some(Arg::U32(n)) => Some((a.name.clone(), u64::from(*n))),
@@ -173,15 +188,6 @@ fn names(row: &Row, given: &BTreeMap<&str, &Arg>, grid: [u32; 3], on: &Target) -
     let mut names: Names = cells.chain(sizes).chain(others).collect();
     names.insert("sms".into(), on.sms.into());
     names
-}
-
-fn first_unmet<'a>(needs: &'a [String], names: &Names) -> Result<Option<&'a String>, String> {
-    for need in needs {
-        if !words::holds(need, names)? {
-            return Ok(Some(need));
-        }
-    }
-    Ok(None)
 }
 
 fn operand(arg: &Arg) -> Option<Operand> {
@@ -297,7 +303,10 @@ pub fn table(op: &str) -> String {
     let mut lines: Vec<(String, Counters)> = Rung::of(op)
         .into_iter()
         .map(Arc::new)
-        .map(|rung| (rung.name.clone(), count(&rung.application(&a), &[rung.module.clone()]).unwrap()))
+        .map(|rung| {
+            let counters = count(&rung.application(&a), std::slice::from_ref(&rung.module));
+            (rung.name.clone(), counters.unwrap())
+        })
         .collect();
     lines.push((format!("*{op}.cu*"), count(&a, &[]).unwrap()));
     let tensor = lines.iter().any(|(_, c)| c.total.tensor_flops > 0);

@@ -6,10 +6,10 @@
 // What it costs: T Tk scores of each head are written, read, written and read again, although nobody asked for them;
 // the memory grows with the square of the sequence. And products are made one element at a time, hidden ones too.
 //
-// entry                                grid           block  shared  arguments                                                    bytes                 flops
-// attention_fwd_two_pass_scores_bf16   Tk/32,T/4,BH   32x4   0       scores | q k row_start row_end | T Tk H G D q_stride kv_stride | scale  2B(TH+TkH/G)D+4BHTTk  2BHTTkD
-// attention_fwd_two_pass_weights_bf16  T/4,H,B        128    0       scores lse | - | T Tk H |                                    8BHTTk+4BHT           4BHTTk
-// attention_fwd_two_pass_values_bf16   D/32,T/4,BH    32x4   0       o | scores v | T Tk H G D kv_stride |                        4BHTTk+2B(TH+TkH/G)D  2BHTTkD
+// entry                                grid           block  shared  arguments                                                    bytes                     flops
+// attention_fwd_two_pass_scores_bf16   Tk/32,T/4,BH   32x4   0       scores | q k row_start row_end | T Tk H G D q_stride kv_stride | scale  2B(TH+TkH/G)D+4BHTTk+8BT  2BHTTkD
+// attention_fwd_two_pass_weights_bf16  T/4,H,B        128    0       scores lse | - | T Tk H |                                    8BHTTk+4BHT               4BHTTk
+// attention_fwd_two_pass_values_bf16   D/32,T/4,BH    32x4   0       o | scores v | T Tk H G D kv_stride |                        4BHTTk+2B(TH+TkH/G)D      2BHTTkD
 //
 // Scratch scores 4BHTTk
 // Needs   D % 32 == 0
