@@ -8,7 +8,7 @@ use transfusion_tests::{
 };
 
 /// Cases with more operations are left to the real kernel: the first rungs take long.
-const FLOPS: u64 = 80_000_000;
+const FLOPS: u64 = 50_000_000;
 
 /// Cases that a rung takes at least.
 const CASES: usize = 10;
