@@ -38,6 +38,11 @@ fn climb(op: &str) {
                 }
                 [Err(e), _] | [_, Err(e)] => fault(e.to_string()),
             }
+            match rung.promise(a) {
+                Ok(None) => {}
+                Ok(Some(cost)) if cost == a.cost() => {}
+                other => fault(format!("its contract says {other:?}, the op {:?}", a.cost())),
+            }
             taken += 1;
         }
         let launched = machines[0].counters();

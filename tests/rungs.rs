@@ -93,42 +93,58 @@ impl Rung {
         Application { op: Arc::new(OnRung { op: a.op.clone(), rung: self.clone() }), ..a.clone() }
     }
 
+    /// What its contract says that an application costs, if it takes that in a single launch.
+    ///
+    /// # Errors
+    /// If it does not take it, or says nothing that can be computed.
+    pub fn promise(&self, a: &Application) -> Result<Option<Cost>, String> {
+        let shipped = a.op.kernels(&a.specs, &a.op.infer(&a.specs)?, &TARGET)?;
+        let Some(bound) = self.bind(&shipped, &TARGET)? else { return Ok(None) };
+        let [row] = bound.rows[..] else { return Ok(None) };
+        let number = |text: &str| words::number(text, &bound.names);
+        Ok(Some(Cost { flops: number(&row.flops)?, bytes: number(&row.bytes)? }))
+    }
+
     /// What it launches in place of `shipped`.
     fn kernels(&self, shipped: &Kernels, outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-        let [Launch::Kernel { entry, grid, args, .. }] = &shipped.launches[..] else {
-            return Ok(shipped.clone());
-        };
+        let Some(bound) = self.bind(shipped, on)? else { return Ok(shipped.clone()) };
+        self.admit(&bound, outs.len())?;
+        let bytes = |(_, bytes): &(String, String)| words::number(bytes, &bound.names).map(|n| n as usize);
+        Ok(Kernels {
+            scratch: self.scratch.iter().map(bytes).collect::<Result<_, String>>()?,
+            launches: bound.rows.iter().map(|r| self.launch(r, &bound)).collect::<Result<_, String>>()?,
+        })
+    }
+
+    /// Its contract, applied to what `shipped` is given; `None` if that launches nothing.
+    fn bind<'a>(&'a self, shipped: &'a Kernels, on: &Target) -> Result<Option<Bound<'a>>, String> {
+        let [Launch::Kernel { entry, grid, args, .. }] = &shipped.launches[..] else { return Ok(None) };
         let row = self.shipped.rows.iter().find(|row| row.entry == *entry);
         let row = row.ok_or_else(|| format!("no contract has {entry}"))?;
         let given: Given<'_> = row.arguments.iter().map(|a| a.name.as_str()).zip(args).collect();
         let names = names(row, &given, *grid, on);
-        let rows: Vec<&Row> = self.rows.iter().filter(|r| dtype(&r.entry) == dtype(entry)).collect();
-        self.admit(&rows, &given, outs.len(), &names)?;
-        let bytes = |(_, bytes): &(String, String)| words::number(bytes, &names).map(|n| n as usize);
-        Ok(Kernels {
-            scratch: self.scratch.iter().map(bytes).collect::<Result<_, String>>()?,
-            launches: rows.iter().map(|r| self.launch(r, &given, &names)).collect::<Result<_, String>>()?,
-        })
+        let rows = self.rows.iter().filter(|r| dtype(&r.entry) == dtype(entry)).collect();
+        Ok(Some(Bound { rows, given, names }))
     }
 
     /// Refuses sizes that the contract does not admit, and operands that it does not name.
-    fn admit(&self, rows: &[&Row], given: &Given<'_>, outs: usize, names: &Names) -> Result<(), String> {
+    fn admit(&self, bound: &Bound<'_>, outs: usize) -> Result<(), String> {
         for need in &self.needs {
-            if !words::holds(need, names)? {
+            if !words::holds(need, &bound.names)? {
                 return Err(format!("{} needs {need}", self.name));
             }
         }
-        let arguments = rows.iter().flat_map(|r| &r.arguments);
-        let named: Vec<Operand> =
-            arguments.filter_map(|a| given.get(a.name.as_str())).filter_map(|arg| operand(arg)).collect();
-        let all = (0..outs).map(Operand::Out).chain(given.values().filter_map(|arg| operand(arg)));
+        let arguments = bound.rows.iter().flat_map(|r| &r.arguments);
+        let args = arguments.filter_map(|a| bound.given.get(a.name.as_str()));
+        let named: Vec<Operand> = args.filter_map(|arg| operand(arg)).collect();
+        let all = (0..outs).map(Operand::Out).chain(bound.given.values().filter_map(|arg| operand(arg)));
         match all.into_iter().find(|o| !named.contains(o)) {
             Some(left) => Err(format!("{} has no use for {left:?}", self.name)),
             None => Ok(()),
         }
     }
 
-    fn launch(&self, row: &Row, given: &Given<'_>, names: &Names) -> Result<Launch, String> {
+    fn launch(&self, row: &Row, Bound { given, names, .. }: &Bound<'_>) -> Result<Launch, String> {
         let argument = |name: &str| {
             let own = self.scratch.iter().position(|(scratch, _)| scratch == name).map(Arg::scratch);
             let size = || names.get(name).map(|n| Arg::U32(*n as u32));
@@ -150,6 +166,15 @@ impl Rung {
 
 /// What the shipped kernel is given, by the names of its contract.
 type Given<'a> = BTreeMap<&'a str, &'a Arg>;
+
+/// A contract, applied.
+struct Bound<'a> {
+    /// Its entries for this dtype.
+    rows: Vec<&'a Row>,
+    given: Given<'a>,
+    /// Sizes.
+    names: Names,
+}
 
 /// The folder of the sources.
 pub fn kernels() -> PathBuf {
