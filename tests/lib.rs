@@ -2,6 +2,7 @@
 //! documents to pack, and ways to compare.
 pub mod fake_cuda;
 pub mod judge;
+pub mod rungs;
 
 use serde_json::Map;
 use std::{

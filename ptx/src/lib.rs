@@ -25,7 +25,7 @@ pub const BASE: &str = "sm_80";
 pub struct Module {
     /// What it is compiled for: `sm_80`, `sm_90a`.
     pub arch: Cow<'static, str>,
-    /// Path of its source below `kernels-cu/`, without `.cu`: `rmsnorm`, `ladder/linear/tiles`.
+    /// Path of its source below `kernels-cu/`, without `.cu`: `rmsnorm`.
     pub stem: Cow<'static, str>,
     /// The text, as the driver takes it.
     pub text: Cow<'static, str>,
@@ -120,11 +120,6 @@ impl Module {
         }
         Ok(self.entries()?.into_iter().find(|e| e.name == name))
     }
-
-    /// Whether it is a version kept for learning, which [`find`] leaves out.
-    pub fn is_ladder(&self) -> bool {
-        self.stem.starts_with("ladder/")
-    }
 }
 
 /// The modules of this crate, by architecture and stem.
@@ -141,7 +136,7 @@ pub fn find(arch: &str, entry: &str) -> Option<(&'static Module, Entry)> {
 fn find_in<'a>(modules: &'a [Module], arch: &str, entry: &str) -> Option<(&'a Module, Entry)> {
     let exact = modules.iter().filter(|m| m.arch == arch);
     let base = modules.iter().filter(|m| m.arch == BASE && arch != BASE && runs_base(arch));
-    exact.chain(base).filter(|m| !m.is_ladder()).find_map(|m| Some((m, m.entry(entry).ok()??)))
+    exact.chain(base).find_map(|m| Some((m, m.entry(entry).ok()??)))
 }
 
 /// Whether a machine of this architecture runs PTX for [`BASE`].
@@ -166,7 +161,7 @@ mod tests {
         for m in modules() {
             let entries = m.entries().unwrap_or_else(|e| panic!("{}/{}: {e}", m.arch, m.stem));
             assert!(!entries.is_empty(), "{}/{} has no entry", m.arch, m.stem);
-            for e in entries.into_iter().filter(|_| !m.is_ladder()) {
+            for e in entries {
                 let (found, same) = find(&m.arch, &e.name).unwrap();
                 assert_eq!((found, &same), (m, &e));
                 assert!(seen.insert((&m.arch, e.name.clone())), "{} stands twice for {}", e.name, m.arch);
@@ -197,12 +192,9 @@ mod tests {
 
     #[test]
     fn a_name_is_matched_whole_and_the_ladder_is_left_out() {
-        let all = [
-            module("sm_80", "ladder/linear/naive", &["linear_nt"]),
-            module("sm_80", "linear", &["linear_nt_bf16"]),
-        ];
+        let all = [module("sm_80", "linear", &["linear_nt_bf16"])];
         assert!(find_in(&all, "sm_80", "linear_nt").is_none());
         assert!(find_in(&all, "sm_80", "linear_nt_bf16").is_some());
-        assert!(all[0].entry("linear_nt").unwrap().is_some());
+        assert!(modules().iter().all(|m| !m.stem.starts_with("ladder/")));
     }
 }

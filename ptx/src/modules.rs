@@ -1,4 +1,4 @@
-//! Every file under `ptx/`. Written by `ptxc build`.
+//! Every file under `ptx/` but the ladder. Written by `ptxc build`.
 use crate::Module;
 
 #[rustfmt::skip]

@@ -13,6 +13,10 @@ use transfusion_ptx::Module;
 /// The folder of headers, which are not compiled by themselves.
 const COMMON: &str = "common";
 
+/// The folder of versions kept for learning, which are compiled and checked like the others, but embedded in no
+/// program.
+const LADDER: &str = "ladder/";
+
 /// A tree with kernels.
 #[derive(Clone, Debug)]
 pub struct Tree {
@@ -243,10 +247,10 @@ impl Tree {
         self.ptx().join("src/modules.rs")
     }
 
-    /// The module of the crate `transfusion-ptx` that embeds the files that are there.
+    /// The module of the crate `transfusion-ptx` that embeds the files that are there, but for the ladder.
     fn list(&self) -> Result<String> {
         let mut text = String::from(LIST_HEAD);
-        for (arch, stem, _) in self.present()? {
+        for (arch, stem, _) in self.present()?.into_iter().filter(|(_, stem, _)| !stem.starts_with(LADDER)) {
             let file = format!("../{arch}/{stem}.ptx");
             text.push_str(&format!(
                 "    Module::from_static(\"{arch}\", \"{stem}\", include_str!(\"{file}\")),\n"
@@ -263,7 +267,7 @@ impl Tree {
 }
 
 const LIST_HEAD: &str = "\
-//! Every file under `ptx/`. Written by `ptxc build`.
+//! Every file under `ptx/` but the ladder. Written by `ptxc build`.
 use crate::Module;
 
 #[rustfmt::skip]

@@ -40,7 +40,7 @@ impl Library {
     /// # Errors
     /// If one of the texts is no PTX.
     pub fn new(arch: &'static str, own: Vec<Module>) -> Result<Library> {
-        let shipped = transfusion_ptx::modules().iter().filter(|m| !m.is_ladder());
+        let shipped = transfusion_ptx::modules().iter();
         let of = |wanted: &'static str| shipped.clone().filter(move |m| m.arch == wanted).cloned();
         let exact = of(arch).filter(|_| arch != BASE);
         let mut kernels = HashMap::new();

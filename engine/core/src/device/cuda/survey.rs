@@ -90,7 +90,7 @@ pub struct Shipped {
 /// The shipped kernels by architecture.
 pub fn shipped() -> Vec<Shipped> {
     let mut all: Vec<Shipped> = Vec::new();
-    for m in transfusion_ptx::modules().iter().filter(|m| !m.is_ladder()) {
+    for m in transfusion_ptx::modules() {
         let kernels = m.entries().map_or(0, |entries| entries.len());
         let ptx = resolve::version(&m.text).unwrap_or_default();
         match all.iter_mut().find(|s| s.arch == m.arch) {
