@@ -292,19 +292,23 @@ impl Op for Ema {
 
 pub(super) fn cases() -> Vec<Case> {
     let hyper = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let step = move |name: &str, master: bool, n: usize, scale: f64, gradient: Fill| {
+    // Moments as after gradients of size `past`.
+    let step_after = move |past: f64, name: &str, master: bool, n: usize, scale: f64, gradient: Fill| {
         let case = Case::new("adamw", name, move |g, x| {
             let s = AdamWStates { param: x[0], m: x[1], v: x[2], grad: x[3], master: master.then(|| x[6]) };
             vec![g.adamw(hyper, s, x[4], x[5])]
         });
         let case = case
             .normal([n])
-            .single([n], Fill::Normal(0.1))
-            .single([n], Fill::Uniform(0.1, 1.0))
+            .single([n], Fill::Normal(0.1 * past))
+            .single([n], Fill::Uniform(0.1 * past * past, past * past))
             .single([n], gradient)
             .single([3], Fill::Values(vec![0.01, 0.19, 0.0975]))
             .single([1], Fill::Values(vec![scale]));
         if master { case.single([n], Fill::Normal(1.0)) } else { case }.without_gradient()
+    };
+    let step = move |name: &str, master: bool, n: usize, scale: f64, gradient: Fill| {
+        step_after(1.0, name, master, n, scale, gradient)
     };
     let any = |master: bool, n: usize| {
         let name = format!("{n}{}", if master { ", master copy" } else { "" });
@@ -339,6 +343,7 @@ pub(super) fn cases() -> Vec<Case> {
         step("master copy", true, 16_411, 0.5, Fill::Normal(1.0)),
         step("skipped", false, 43, 0.0, broken()),
         step("skipped, master copy", true, 1029, 0.0, broken()),
+        step_after(1e-8, "gradients as small as eps", false, 61, 1.0, Fill::Normal(1e-8)),
         squares("two chunks".into(), 20_011),
         clip("long", 16.0),
         clip("short", 0.25),

@@ -134,7 +134,7 @@ impl Op for QSample {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let coefficients = [0.8, 0.6, -0.6, 0.8, 1.0, 0.0, 0.0, 1.0, 0.1, 0.9, -1.0, 1.0];
+    let coefficients = [0.8, 0.6, -0.6, 0.8, 1.0, 0.0, 0.0, 1.0, 0.1, 0.9, 1.0, -1.0];
     // Results as the storage type; images, too, or f32.
     let counter = |images: usize, numel: usize, single: bool, keys: &[i32]| {
         let build = move |g: &mut Graph, x: &[Tensor]| {

@@ -146,7 +146,9 @@ pub(super) fn cases() -> Vec<Case> {
             let y = g.time_embedding(x[0], width, g.spec(x[1]).dtype);
             vec![g.add(x[1], y)]
         };
-        Case::new("time_embedding", name, build).constant([n], Fill::Uniform(0.0, 1000.0)).normal([n, width])
+        Case::new("time_embedding", name, build)
+            .constant([n], Fill::Uniform(-300.0, 1000.0))
+            .normal([n, width])
     };
     let positions = |name: String, grid: usize, width: usize| {
         let build = move |g: &mut Graph, x: &[Tensor]| {

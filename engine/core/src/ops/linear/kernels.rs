@@ -366,6 +366,6 @@ mod tests {
         let f32s = Spec::new([8, 8], DType::F32);
         assert!(refused(&[f32s, f32s]).contains("cast"));
         let poor = Target { shared: 16 << 10, ..Target::H200 };
-        assert!(forward(&PLAIN, &[spec([8, 8]), spec([8, 8])], &poor).unwrap_err().contains("CPU"));
+        assert!(forward(&PLAIN, &[spec([16, 8]), spec([8, 8])], &poor).unwrap_err().contains("CPU"));
     }
 }
