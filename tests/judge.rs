@@ -106,7 +106,7 @@ impl Exam {
         // The small first: a fault shows soon.
         questions.sort_by_key(Question::flops);
         let secrets = match stem {
-            "attention" => attended::secrets(),
+            "attention" | "attention_decode" => attended::secrets(),
             _ => questions.iter().filter(|q| q.flops() <= SECRET_FLOPS).filter_map(rows::secret).collect(),
         };
         Exam { questions, secrets }

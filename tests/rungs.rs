@@ -55,8 +55,8 @@ pub struct Rung {
     needs: Vec<String>,
     /// Buffers of its own, and their bytes.
     scratch: Vec<(String, String)>,
-    /// The contract of the kernel that is shipped.
-    shipped: Arc<Contract>,
+    /// The contracts of the kernels that are shipped.
+    shipped: Arc<Vec<Row>>,
 }
 
 impl Rung {
@@ -66,7 +66,7 @@ impl Rung {
     /// If a file is missing or has no contract.
     pub fn of(op: &str) -> Vec<Rung> {
         let (_, names) = LADDERS.iter().find(|(o, _)| *o == op).unwrap();
-        let shipped = Arc::new(contract(&kernels().join(format!("{op}.cu"))).0);
+        let shipped = Arc::new(shipped(op));
         let rung = |name: &&str| {
             let stem = format!("ladder/{op}/{name}");
             let (contract, text) = contract(&kernels().join(format!("{stem}.cu")));
@@ -116,15 +116,29 @@ impl Rung {
         })
     }
 
-    /// Its contract, applied to what `shipped` is given; `None` if that launches nothing.
+    /// Its contract, applied to what the launches of `shipped` are given, all but their scratch; `None` if there are
+    /// none.
     fn bind<'a>(&'a self, shipped: &'a Kernels, on: &Target) -> Result<Option<Bound<'a>>, String> {
-        let [Launch::Kernel { entry, grid, args, .. }] = &shipped.launches[..] else { return Ok(None) };
-        let row = self.shipped.rows.iter().find(|row| row.entry == *entry);
-        let row = row.ok_or_else(|| format!("no contract has {entry}"))?;
-        let given: Given<'_> = row.arguments.iter().map(|a| a.name.as_str()).zip(args).collect();
-        let names = names(row, &given, *grid, on);
-        let rows = self.rows.iter().filter(|r| dtype(&r.entry) == dtype(entry)).collect();
-        Ok(Some(Bound { rows, given, names }))
+        let mut bound: Option<Bound<'_>> = None;
+        for launch in &shipped.launches {
+            let Launch::Kernel { entry, grid, args, .. } = launch else {
+                return Err(format!("{launch:?} is no kernel"));
+            };
+            let row = self.shipped.iter().find(|row| row.entry == *entry);
+            let row = row.ok_or_else(|| format!("no contract has {entry}"))?;
+            let named = row.arguments.iter().map(|a| a.name.as_str()).zip(args);
+            let given: Given<'_> =
+                named.filter(|(_, arg)| !matches!(operand(arg), Some(Operand::Scratch(_)))).collect();
+            let names = names(row, &given, *grid, on);
+            let bound = bound.get_or_insert_with(|| Bound {
+                rows: self.rows.iter().filter(|r| dtype(&r.entry) == dtype(entry)).collect(),
+                given: Given::new(),
+                names: Names::new(),
+            });
+            bound.given.extend(given);
+            bound.names.extend(names);
+        }
+        Ok(bound)
     }
 
     /// Refuses sizes that the contract does not admit, and operands that it does not name.
@@ -183,6 +197,17 @@ pub fn kernels() -> PathBuf {
 
 fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The contracts of an op's kernels: those of few rows or queries have a file of their own.
+fn shipped(op: &str) -> Vec<Row> {
+    let files = fs::read_dir(kernels()).unwrap().map(|f| f.unwrap().path());
+    let own = files.filter(|f| {
+        let stem = f.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let rest = stem.strip_prefix(op).map(str::to_owned);
+        f.extension().is_some_and(|e| e == "cu") && rest.is_some_and(|r| r.is_empty() || r.starts_with('_'))
+    });
+    own.flat_map(|f| contract(&f).0.rows).collect()
 }
 
 fn contract(path: &Path) -> (Contract, String) {

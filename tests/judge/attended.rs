@@ -57,6 +57,7 @@ fn all(width: usize) -> Vec<Attended> {
         packed("documents with images", heads(2, 1), 2, 117, &documents),
         packed("any intervals", heads(2, 2), 1, 131, &|i| ((i * 37) % 131 - 9, (i * 53) % 131 + 9)),
         cached("one query", heads(4, 2), 1, 150, 4, &[3, -1, 0, 4], &|i| (i, 147 - i)),
+        cached("one query of a head", heads(2, 2), 1, 131, 3, &[2, 0], &|i| (i * 64, 129 - i)),
         cached("queries of one cache", heads(2, 1), 9, 70, 3, &[2, 2, -1, 0], &|i| (i % 7 * 5, 50 + i % 11)),
     ]
 }

@@ -103,12 +103,26 @@ pub struct Walk<'g> {
     g: &'g Graph,
     nodes: std::vec::IntoIter<&'g Node>,
     values: HashMap<Tensor, Host>,
+    /// How often each is still wanted: afterwards it is let go.
+    wanted: HashMap<Tensor, usize>,
 }
 
 impl<'g> Walk<'g> {
     /// A walk over these nodes of a program, in order, from the contents of its inputs and states.
     pub fn new(g: &'g Graph, nodes: Vec<&'g Node>, given: HashMap<Tensor, Host>) -> Walk<'g> {
-        Walk { g, nodes: nodes.into_iter(), values: given }
+        let mut wanted = HashMap::new();
+        nodes.iter().flat_map(|n| &n.ins).for_each(|t| *wanted.entry(*t).or_default() += 1);
+        Walk { g, nodes: nodes.into_iter(), values: given, wanted }
+    }
+
+    fn take(&mut self, t: Tensor) -> Result<Host> {
+        let wanted = self.wanted.entry(t).or_default();
+        *wanted = wanted.saturating_sub(1);
+        let value = match wanted {
+            0 => self.values.remove(&t),
+            _ => self.values.get(&t).cloned(),
+        };
+        value.ok_or_else(|| Error::Graph(format!("{t:?} has no value: it is neither given nor made before")))
     }
 
     /// The next application; `None` behind the last. What it yields to later ones is computed on `device`, or
@@ -118,14 +132,15 @@ impl<'g> Walk<'g> {
     /// If the op refuses its operands, or the device fails.
     pub fn step(&mut self, device: &mut dyn Device) -> Result<Option<Application>> {
         let Some(node) = self.nodes.next() else { return Ok(None) };
-        let ins = node.ins.iter().filter_map(|t| self.values.get(t).cloned()).collect();
+        let ins = node.ins.iter().map(|t| self.take(*t)).collect::<Result<Vec<Host>>>()?;
         let specs = node.ins.iter().map(|&t| self.g.spec(t)).collect();
         let application = Application { op: node.op.clone(), specs, ins };
         let outs = match application.run(device) {
             Err(Error::NoKernel { .. }) => application.run(&mut cpu()?)?,
             other => other?,
         };
-        self.values.extend(node.outs.iter().copied().zip(outs));
+        let wanted = node.outs.iter().copied().zip(outs).filter(|(t, _)| self.wanted.contains_key(t));
+        self.values.extend(wanted);
         Ok(Some(application))
     }
 }

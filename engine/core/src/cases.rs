@@ -337,6 +337,8 @@ mod tests {
         for op in ops::NAMES {
             assert!(cases.iter().any(|c| c.op == *op), "{op} has no case");
         }
+        let unnamed = cases.iter().find(|c| !ops::NAMES.contains(&c.op));
+        assert!(unnamed.is_none(), "{unnamed:?} is of no table that NAMES has");
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub use sampler::{SamplerInputs, SamplerStep};
 
 use crate::cases::Case;
 
-/// The names of the ops that have case tables.
+/// The names of the case tables: ops, and `silu`, which follows a product forward and is an op backward.
 pub const NAMES: &[&str] = &[
     "adamw",
     "add",
@@ -56,6 +56,7 @@ pub const NAMES: &[&str] = &[
     "rope",
     "sampler_update",
     "scatter_rows",
+    "silu",
     "sine_positions",
     "sum_squares",
     "swiglu",

@@ -70,7 +70,8 @@ pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bo
 /// packs the right factor again. That costs less than to pass it between the caches of processors. No
 /// sum crosses pieces, so how many there are changes no bit.
 pub fn piece_rows(m: usize) -> usize {
-    m.div_ceil(rayon::current_num_threads()).next_multiple_of(PIECE)
+    let threads = rayon::current_num_threads();
+    m.div_ceil(threads).next_multiple_of(if m < PIECE * threads { STRIP } else { PIECE })
 }
 
 /// As [`matmul`], on this thread; for some rows of a product of more than [`FEW`].
@@ -155,7 +156,7 @@ fn pack_panel<T: Real, const W: usize>(b: Mat<'_, T>, from: usize, at: usize, to
 const SHORT: usize = 6;
 /// Most rows of a tile, padded to whole vectors.
 const STRIP: usize = 8;
-/// Pieces are whole tiles on every processor but for the last.
+/// Pieces are whole tiles on every processor but for the last, where there are enough rows for that.
 const PIECE: usize = 24;
 
 /// Some rows of a product.
@@ -327,19 +328,25 @@ fn pack_strips<T: Real, const R: usize, const P: usize>(
     depth: usize,
     strips: &mut [[T; P]],
 ) {
-    for i in (0..a.rows).step_by(R) {
-        let rows = R.min(a.rows - i);
-        for (p, to) in strips[i / R * depth..][..depth].iter_mut().enumerate() {
-            if a.row_stride == 1 && i + P <= a.rows {
-                to.copy_from_slice(a.t().run(from + p, i, P));
-            } else {
-                for (r, to) in to.iter_mut().enumerate().take(rows) {
-                    *to = a.data[(i + r) * a.row_stride + (from + p) * a.col_stride];
+    // Several strips at once, so that a line of memory is read once.
+    for first in (0..a.rows).step_by(TOGETHER * R) {
+        for p in 0..depth {
+            for i in (first..a.rows.min(first + TOGETHER * R)).step_by(R) {
+                let to = &mut strips[i / R * depth + p];
+                if a.row_stride == 1 && i + P <= a.rows {
+                    to.copy_from_slice(a.t().run(from + p, i, P));
+                } else {
+                    for (r, to) in to.iter_mut().enumerate().take(R.min(a.rows - i)) {
+                        *to = a.data[(i + r) * a.row_stride + (from + p) * a.col_stride];
+                    }
                 }
             }
         }
     }
 }
+
+/// Strips that are packed together.
+const TOGETHER: usize = 4;
 
 #[cfg(test)]
 mod tests {

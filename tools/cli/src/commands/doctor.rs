@@ -81,8 +81,8 @@ impl Findings {
             add("this build holds no GPU kernels", "use --device cpu, or a build that has them");
         }
         if !self.survey.nvrtc {
-            let remedy = "only to try changed kernels: pip install nvidia-cuda-nvrtc-cu12, and its lib folder \
-                          in LD_LIBRARY_PATH";
+            let remedy = "only `kernels --cu` wants it, and fetches one by itself with Python's pip; or name a \
+                          libnvrtc.so in TRANSFUSION_NVRTC";
             add("NVRTC was not found", remedy);
         }
         if !self.avx2 {

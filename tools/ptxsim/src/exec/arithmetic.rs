@@ -42,7 +42,7 @@ impl<A: Lane, R: Lane> Called1<A, R> {
         fn call<A: Lane, R: Lane, F: Fn(A) -> R + Copy>(a: A::Word) -> R::Word {
             the::<F>()(A::unpack(a)).pack()
         }
-        call::<A, R, F> as fn(A::Word) -> R::Word as usize as i64
+        (call::<A, R, F> as fn(A::Word) -> R::Word as *const ()).expose_provenance() as i64
     }
 }
 
@@ -50,7 +50,11 @@ impl<A: Lane, R: Lane> Instruction for Called1<A, R> {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         // SAFETY: the decoder put the result of `pointer` for the same words here.
-        let f = unsafe { std::mem::transmute::<usize, fn(A::Word) -> R::Word>(i.imm as usize) };
+        let f = unsafe {
+            std::mem::transmute::<*const (), fn(A::Word) -> R::Word>(std::ptr::with_exposed_provenance(
+                i.imm as usize,
+            ))
+        };
         for l in lanes(x.active) {
             let word = f(x.warp.registers.words::<A>(i.a)[l]);
             x.warp.registers.words_mut::<R>(i.d)[l] = word;
@@ -216,7 +220,7 @@ impl<A: Lane> CalledCompare<A> {
         fn call<A: Lane, F: Fn(A, A) -> bool + Copy>(a: A::Word, b: A::Word) -> bool {
             the::<F>()(A::unpack(a), A::unpack(b))
         }
-        call::<A, F> as fn(A::Word, A::Word) -> bool as usize as i64
+        (call::<A, F> as fn(A::Word, A::Word) -> bool as *const ()).expose_provenance() as i64
     }
 }
 
@@ -224,7 +228,11 @@ impl<A: Lane> Instruction for CalledCompare<A> {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         // SAFETY: the decoder put the result of `pointer` for the same words here.
-        let f = unsafe { std::mem::transmute::<usize, fn(A::Word, A::Word) -> bool>(i.imm as usize) };
+        let f = unsafe {
+            std::mem::transmute::<*const (), fn(A::Word, A::Word) -> bool>(std::ptr::with_exposed_provenance(
+                i.imm as usize,
+            ))
+        };
         let mut bits = 0;
         for l in lanes(x.active) {
             let (a, b) = (x.warp.registers.words::<A>(i.a)[l], x.warp.registers.words::<A>(i.b)[l]);

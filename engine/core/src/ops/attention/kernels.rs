@@ -1,4 +1,4 @@
-//! What `kernels-cu/attention.cu` is launched with.
+//! What `kernels-cu/attention.cu` and, for few queries, `attention_decode.cu` are launched with.
 use super::super::prelude::*;
 use super::Attention;
 use crate::launch::Operand;
@@ -89,7 +89,10 @@ impl Problem {
         let width = Width::new(h.width)?;
         let need = width.forward_shared().max(width.keys_shared()).max(width.queries_shared());
         if need > on.shared {
-            return Err(format!("{} has too little shared memory for heads of {}", on.name, h.width));
+            return Err(format!(
+                "{} has too little shared memory for heads of {}; use the CPU device",
+                on.name, h.width
+            ));
         }
         let (q_stride, kv_stride) =
             (size(ins[0].shape.last())?, size(if op.cached { h.kv_columns() } else { ins[0].shape.last() })?);
@@ -143,7 +146,7 @@ impl Problem {
     }
 
     /// Few queries over many keys: splits of the keys, and a pass that merges them.
-    fn decode(&self, on: &Target) -> Kernels {
+    fn decode(&self, on: &Target) -> Result<Kernels, String> {
         let group = self.heads / self.kv_heads;
         let together = if group * self.queries == 1 { 1 } else { 4 };
         let blocks = self.kv_heads * (group * self.queries).div_ceil(together);
@@ -152,9 +155,10 @@ impl Problem {
         let chunk = self.keys.div_ceil(wanted).max(SPLIT_KEYS).next_multiple_of(SPLIT_KEYS);
         let splits = self.keys.div_ceil(chunk).max(1);
 
-        let rows = self.batch * self.heads * self.queries;
-        let stats = (rows * splits) as usize * 8;
-        let scratch = vec![(rows * splits * self.width.width) as usize * 4, stats];
+        let rows = [self.batch, self.heads, self.queries].into_iter().map(|n| n as usize).product::<usize>();
+        let parts = rows * splits as usize;
+        let scratch = vec![parts * self.width.width as usize * 4, parts * 8];
+        let rows = size(rows)?;
         let mut args = vec![Arg::scratch(0), Arg::scratch(1)];
         args.extend([&self.q, &self.k, &self.v, &self.slots, &self.start, &self.end].map(Arg::clone));
         args.extend(
@@ -172,7 +176,7 @@ impl Problem {
             .chain([Arg::F32(self.scale)]);
         let grid = [rows.div_ceil(THREADS / 32), 1, 1];
         let merge = Launch::kernel("attention_fwd_merge_bf16", grid, THREADS, 0, args.collect());
-        Kernels { scratch, launches: vec![decode, merge] }
+        Ok(Kernels { scratch, launches: vec![decode, merge] })
     }
 
     fn is_empty(&self) -> bool {
@@ -186,7 +190,7 @@ pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kerne
         return Ok(Kernels::default());
     }
     if p.queries <= DECODED {
-        return Ok(p.decode(on));
+        return p.decode(on);
     }
     let mut args = vec![Arg::output(0), Arg::output(1)];
     args.extend([&p.q, &p.k, &p.v, &p.slots, &p.start, &p.end].map(Arg::clone));

@@ -1,4 +1,4 @@
-//! What `kernels-cu/linear.cu` is launched with.
+//! What `kernels-cu/linear.cu` and, for few rows, `linear_few.cu` are launched with.
 use super::super::prelude::*;
 use super::{Activation, Linear};
 

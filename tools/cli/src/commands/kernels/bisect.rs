@@ -8,7 +8,7 @@ use crate::{
     console,
     failure::{Failure, Outcome},
 };
-use clap::{Args, ValueEnum};
+use clap::Args;
 use transfusion::rehearsal::{self, Scene};
 use transfusion_core::{
     Error,
@@ -39,21 +39,11 @@ pub(crate) struct Bisect {
     #[command(flatten)]
     machines: Machines,
     /// One case of the ops' tables instead, as `rmsnorm/301x1024`: its ops, forward and backward.
-    #[arg(long, value_name = "OP/NAME", conflicts_with_all = ["preset", "batch", "positions"])]
+    #[arg(long, value_name = "OP/NAME", conflicts_with_all = ["preset", "batch", "positions", "set", "seed"])]
     case: Option<String>,
-    /// Whose inputs every step gets, and what it is held against.
-    #[arg(long, value_enum, default_value_t = Against::Cpu)]
-    against: Against,
     /// Seed of weights and data.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-}
-
-/// What a device is held against.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Against {
-    /// The CPU, in f64.
-    Cpu,
 }
 
 /// A machine in an examination, and the steps that agreed so far.
@@ -65,7 +55,6 @@ struct Examined {
 impl Bisect {
     /// Runs and prints.
     pub(crate) fn run(self) -> Outcome {
-        let Against::Cpu = self.against;
         let machine = self.machines.open(&Schedule::SEVERAL[..1])?.remove(0);
         let mut examined = Examined { machine, agreed: 0 };
         match &self.case {
