@@ -34,6 +34,9 @@ const THREADS: [usize; 4] = [1, 3, 2, 1];
 /// Warp instructions without effect after which a launch counts as stuck.
 const PATIENCE: u64 = 1_000_000;
 
+/// Warp instructions of blocks that run together after which a launch counts as endless.
+const LIMIT: u64 = 300_000_000;
+
 /// Applications that do more are not asked again and again with poison.
 const SECRET_FLOPS: u64 = 16_000_000;
 
@@ -83,6 +86,7 @@ pub fn simulator(target: Target, schedule: usize, kernels: &[Module]) -> SimDevi
         schedule: Schedule::SEVERAL[schedule],
         threads: THREADS[schedule],
         patience: PATIENCE,
+        limit: LIMIT,
         traffic: false,
         ..Options::default()
     };

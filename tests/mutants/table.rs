@@ -550,8 +550,6 @@ pub(super) const MUTANTS: &[Mutant] = &[
         "if (lane < min(rows, u32(ROWS)))", "if (lane < u32(ROWS))"),
     mutant("linear_few", "linear_few.cu", "linear_few: rows beyond the last are read",
         "min(u32(r), rows - 1)", "u32(r)"),
-    mutant("linear_few", "linear_few.cu", "linear_few: columns beyond the last",
-        "if (column >= out.columns) return;", ""),
     mutant("linear_few", "linear_few.cu", "linear_few: the rest of the depth is left out",
         "k < depth; k += 32 * 8", "k + 32 * 8 <= depth; k += 32 * 8"),
     mutant("linear_few", "linear_few.cu", "linear_few: every row is the first",

@@ -194,6 +194,8 @@ pub struct Options {
     pub shared_limit: u32,
     /// Warp instructions of a cluster without any store, arrival or exit after which it counts as stuck.
     pub patience: u64,
+    /// Warp instructions of clusters that run together after which they are given up, whatever they do.
+    pub limit: u64,
 }
 
 impl Default for Options {
@@ -206,6 +208,7 @@ impl Default for Options {
             max_findings: 100,
             shared_limit: 227 * 1024,
             patience: 20_000_000,
+            limit: u64::MAX,
         }
     }
 }

@@ -209,6 +209,18 @@ fn blocks_of_a_cooperative_launch_wait_for_each_other() -> Result<()> {
 }
 
 #[test]
+fn a_loop_that_never_ends_is_given_up_although_it_stores() -> Result<()> {
+    let text = kernel(&["out"], "", "ld.param.u64 %rd1, [out]; AGAIN: st.global.u32 [%rd1], 1; bra AGAIN;");
+    let mut bench = Bench::new(&text, &["out"]).grid(1);
+    bench.options.patience = 1_000;
+    bench.options.limit = 100_000;
+    let outcome = bench.run(&mut [Memory::new(4)])?;
+    let found = outcome.findings.iter().find(|f| f.kind == FindingKind::Deadlock);
+    assert!(found.is_some_and(|f| f.message.contains("still running")), "{:?}", outcome.findings);
+    Ok(())
+}
+
+#[test]
 fn host_threads_share_a_grid() -> Result<()> {
     let text = kernel(
         &["out"],

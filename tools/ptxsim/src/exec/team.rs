@@ -243,7 +243,7 @@ impl Team {
     }
 
     /// Reports what every warp waits for.
-    fn report_deadlock(&self, run: &Run<'_>) {
+    fn report_deadlock(&self, run: &Run<'_>, why: &str) {
         let per_cta = self.ctas[0].warps;
         let waiting: Vec<usize> =
             (0..self.warps.len()).filter(|n| self.warps[*n].state != State::Done).collect();
@@ -265,7 +265,7 @@ impl Team {
         let warp = &self.warps[first];
         let pc = warp.pc.saturating_sub(1);
         let thread = warp.index as u32 * 32;
-        let message = format!("no warp can go on; {}", lines.join("; "));
+        let message = format!("{why}; {}", lines.join("; "));
         run.report(FindingKind::Deadlock, pc, self.ctas[first / per_cta].id, thread, Place::None, message);
     }
 
@@ -298,7 +298,7 @@ pub(crate) fn run_teams(run: &Run<'_>, tally: &mut Tally, teams: &mut [Team], ra
     if run.options.schedule.order == Order::Reversed {
         order.reverse();
     }
-    let (mut idle, mut fruitless, mut progress) = (0, 0, 0);
+    let (mut idle, mut fruitless, mut progress, mut executed) = (0, 0, 0, 0);
     while !teams.iter().all(Team::is_done) {
         let mut busy = false;
         for team in teams.iter_mut() {
@@ -308,6 +308,7 @@ pub(crate) fn run_teams(run: &Run<'_>, tally: &mut Tally, teams: &mut [Team], ra
             let activity = team.round(run, tally, &order);
             busy |= activity.busy;
             fruitless += activity.executed;
+            executed += activity.executed;
         }
         let now: u64 = teams.iter().map(|t| t.progress).sum();
         if now != progress {
@@ -315,7 +316,12 @@ pub(crate) fn run_teams(run: &Run<'_>, tally: &mut Tally, teams: &mut [Team], ra
         }
         idle = if busy { 0 } else { idle + 1 };
         if idle > IDLE_ROUNDS || fruitless > run.options.patience {
-            teams.iter().for_each(|team| team.report_deadlock(run));
+            teams.iter().for_each(|team| team.report_deadlock(run, "no warp can go on"));
+            return;
+        }
+        if executed > run.options.limit {
+            let why = format!("still running after {executed} warp instructions");
+            teams.iter().for_each(|team| team.report_deadlock(run, &why));
             return;
         }
     }
