@@ -272,7 +272,6 @@ fn kernels_move_little_more_than_they_must() {
     assert!(held >= 15, "{held}");
 }
 
-/// The whole model on its kernels, in the simulator with every check, follows the CPU.
 /// The whole model, on the kernels that a GPU would run: fifty steps of a bf16 model of two layers follow the CPU,
 /// and the picture that either device draws from the trained weights is the same.
 #[test]
