@@ -36,6 +36,7 @@
 //
 // Needs   D of 32, 64 or 128; strides multiples of 8, so that rows are 16-byte aligned.
 // Rounds  p and ds to bf16 as factors; o, dq, dk, dv once, on store; sums in f32, fixed order (deterministic).
+#include "common/interval.cuh"
 #include "common/pack.cuh"
 #include "common/reduce.cuh"
 #include "common/tile.cuh"
@@ -47,15 +48,7 @@ constexpr int SPAN = 64;
 extern __shared__ __align__(128) char shared_memory[];
 __shared__ int slots_of_warps[WARPS];
 
-// ---- Intervals of keys
-
-// What a query sees; 0..0 where that is nothing.
-INLINE int2 interval(int start, int end, u32 keys) {
-    start = min(max(start, 0), int(keys)), end = min(max(end, 0), int(keys));
-    return start < end ? make_int2(start, end) : make_int2(0, 0);
-}
-
-INLINE bool sees(int2 seen, int key) { return key >= seen.x && key < seen.y; }
+// ---- Spans of keys
 
 // Of several queries: begin..end holds every key that one of them sees, all see inner_begin..inner_end.
 struct alignas(16) Span {
@@ -81,13 +74,6 @@ struct alignas(16) Span {
     INLINE bool meets(int first, int last) const { return begin < last && end > first; }
     INLINE bool whole(int first, int last) const { return inner_begin <= first && inner_end >= last; }
 };
-
-// The cache that row `b` reads, or -1.
-INLINE int cache_of(const int* slots, u32 caches, int b) {
-    if (caches == 0) return b;
-    const int slot = slots[b];
-    return slot >= 0 && slot < int(caches) ? slot : -1;
-}
 
 // ---- Products of tiles with rows of D; a warp makes 16 MI rows
 
@@ -345,7 +331,7 @@ struct Forward {
         int2 range = make_int2(0, 0);
         if (n < int(queries) && slot >= 0) {
             const u64 at = u64(b) * queries + n;
-            range = interval(row_start[at], row_end[at], keys);
+            range = interval(row_start, row_end, at, keys);
         }
         intervals[threadIdx.x] = range;
         Span span = Span::of(range);
@@ -422,7 +408,7 @@ INLINE void prepare(float2* stats, int2* seen, Span* spans, const bf16* o, const
     const bool idle = cache_of(slots, caches, b) < 0;
     const auto range_of = [&](int n) {
         const u64 at = u64(b) * queries + n;
-        return n < int(queries) && !idle ? interval(row_start[at], row_end[at], keys) : make_int2(0, 0);
+        return n < int(queries) && !idle ? interval(row_start, row_end, at, keys) : make_int2(0, 0);
     };
 #pragma unroll
     for (int r = 0; r < SPAN; r += ROWS) {

@@ -17,16 +17,11 @@
 //
 // Needs   D of 32, 64 or 128; strides multiples of 8; operands as in attention.cu.
 // Rounds  once, on store of o; everything else in f32, fixed order (deterministic).
+#include "common/interval.cuh"
 #include "common/pack.cuh"
 #include "common/reduce.cuh"
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
-
-INLINE int cache_of(const int* slots, u32 caches, int b) {
-    if (caches == 0) return b;
-    const int slot = slots[b];
-    return slot >= 0 && slot < int(caches) ? slot : -1;
-}
 
 // A softmax under way: the largest score, the sum of weights against it, and with them a sum of values.
 template <int N>
@@ -73,18 +68,19 @@ INLINE void decode(float* parts, float2* stats, const bf16* q, const bf16* k, co
 
     // Rows beyond the last see nothing.
     float x[ROWS][8];
-    int start[ROWS], end[ROWS], first = 0x7fffffff, last = 0;
+    int2 seen[ROWS];
+    int first = 0x7fffffff, last = 0;
     Running<8> running[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         running[r].clear();
-        start[r] = end[r] = 0;
+        seen[r] = make_int2(0, 0);
         if (row0 + r < rows) {
             const u32 head = kv_head * group + (row0 + r) / queries, n = b * queries + (row0 + r) % queries;
             unpack(x[r], load16(q + u64(n) * q_stride + head * D + column));
-            if (slot >= 0) start[r] = max(row_start[n], 0), end[r] = min(row_end[n], int(keys));
+            if (slot >= 0) seen[r] = interval(row_start, row_end, n, keys);
         }
-        if (start[r] < end[r]) first = min(first, start[r]), last = max(last, end[r]);
+        if (seen[r].x < seen[r].y) first = min(first, seen[r].x), last = max(last, seen[r].y);
     }
     first = max(first, int(blockIdx.x * chunk)), last = min(last, int(min((blockIdx.x + 1) * chunk, keys)));
 
@@ -103,7 +99,7 @@ INLINE void decode(float* parts, float2* stats, const bf16* q, const bf16* k, co
 #pragma unroll
             for (int e = 0; e < 8; e++) score = fmaf(x[r][e], a[e], score);
             score = warp_reduce<Sum, LANES>(score);
-            if (there && key >= start[r] && key < end[r]) running[r].add(score, value, scale * LOG2_E);
+            if (there && sees(seen[r], key)) running[r].add(score, value, scale * LOG2_E);
         }
     }
 

@@ -42,12 +42,10 @@ INLINE void gather(Word* y, const Word* x, const int* index, u32 count, u32 rows
 
 template <typename T>
 INLINE void forward(T* y, const T* x, const int* index, u32 count, u32 rows, u32 width) {
-    if (in_vectors<T>(width)) {
-        const u32 words = width / WIDTH<T>;
-        gather(reinterpret_cast<Vec16*>(y), reinterpret_cast<const Vec16*>(x), index, count, rows, words);
-    } else {
-        gather(y, x, index, count, rows, width);
-    }
+    in_words<T>(width, [&](auto word, u32 words) {
+        using Word = decltype(word);
+        gather(words_of<Word>(y), words_of<Word>(x), index, count, rows, words);
+    });
 }
 
 // Indices that a block looks at, one after another, and those of them that name its rows.

@@ -37,6 +37,7 @@
 //         memory is dynamic. bias and residual are not read unless has_bias, has_residual say so.
 // Rounds  once, on store (pre too); sums in f32, fixed order (deterministic).
 #include "common/pack.cuh"
+#include "common/silu.cuh"
 #include "common/tile.cuh"
 
 // A block's tile, cut into warp tiles, and the ring of stages that feeds it.
@@ -205,8 +206,6 @@ INLINE void product(const bf16* a, const bf16* b, u32 rows, u32 columns, u64 a_s
     multiply<T>(acc, left, right, begin, end, shared);
     finish<T>(acc, shared, row0, column0, rows, columns, out);
 }
-
-INLINE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-LOG2_E * x)); }
 
 template <typename Element>
 INLINE void add(float (&v)[WIDTH<Element>], const Element* from) {

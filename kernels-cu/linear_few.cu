@@ -16,11 +16,10 @@
 // Rounds  once, on store (pre too); sums in f32, fixed order (deterministic).
 #include "common/pack.cuh"
 #include "common/reduce.cuh"
+#include "common/silu.cuh"
 
 constexpr int THREADS = 64, COLUMNS = 4;
 enum Activation : u32 { NONE, SILU, SWIGLU };
-
-INLINE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-LOG2_E * x)); }
 
 INLINE void add4(float (&v)[COLUMNS], const bf16* from) {
     const uint2 x = *reinterpret_cast<const uint2*>(from);

@@ -31,12 +31,10 @@ INLINE void scatter(Word* y, const Word* src, const int* index, u32 count, u32 r
 
 template <typename T>
 INLINE void forward(T* y, const T* src, const int* index, u32 count, u32 rows, u32 width) {
-    if (in_vectors<T>(width)) {
-        const u32 words = width / WIDTH<T>;
-        scatter(reinterpret_cast<Vec16*>(y), reinterpret_cast<const Vec16*>(src), index, count, rows, words);
-    } else {
-        scatter(y, src, index, count, rows, width);
-    }
+    in_words<T>(width, [&](auto word, u32 words) {
+        using Word = decltype(word);
+        scatter(words_of<Word>(y), words_of<Word>(src), index, count, rows, words);
+    });
 }
 
 template <typename Word>
@@ -52,12 +50,10 @@ INLINE void rest(Word* dbase, const Word* dy, const int* marks, u32 rows, u32 wo
 
 template <typename T>
 INLINE void backward(T* dbase, const T* dy, const int* marks, u32 rows, u32 width) {
-    if (in_vectors<T>(width)) {
-        const u32 words = width / WIDTH<T>;
-        rest(reinterpret_cast<Vec16*>(dbase), reinterpret_cast<const Vec16*>(dy), marks, rows, words);
-    } else {
-        rest(dbase, dy, marks, rows, width);
-    }
+    in_words<T>(width, [&](auto word, u32 words) {
+        using Word = decltype(word);
+        rest(words_of<Word>(dbase), words_of<Word>(dy), marks, rows, words);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

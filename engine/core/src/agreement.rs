@@ -78,8 +78,8 @@ impl fmt::Display for Worst {
 }
 
 /// Every application of an op in the program of a case, forward and backward, when floats are stored as
-/// `float`. Left out are views, and ops that only help here and have a case table of their own. What one yields to the next is computed on `device`, or on the CPU where
-/// that lacks a kernel.
+/// `float`. Left out are views, and ops that only help here and have a case table of their own. What one
+/// yields to the next is computed on `device`, or on the CPU where that lacks a kernel.
 ///
 /// # Errors
 /// If an op refuses the case, or the device fails.

@@ -12,9 +12,9 @@
 //
 // Needs   D == 64
 // Rounds  once, on store; everything between in f32.
+#include "common/interval.cuh"
 #include "common/lots.cuh"
 #include "common/reduce.cuh"
-#include "interval.cuh"
 
 constexpr u32 D = 64;
 

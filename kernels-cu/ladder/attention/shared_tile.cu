@@ -12,8 +12,8 @@
 //
 // Needs   D == 64
 // Rounds  once, on store; everything between in f32.
+#include "common/interval.cuh"
 #include "common/pack.cuh"
-#include "interval.cuh"
 
 constexpr u32 D = 64, TILE = 64;
 

@@ -13,10 +13,10 @@
 //
 // Needs   D == 64
 // Rounds  p to bf16 as a factor; o once, on store; sums in f32.
+#include "common/interval.cuh"
 #include "common/pack.cuh"
 #include "common/reduce.cuh"
 #include "common/tile.cuh"
-#include "interval.cuh"
 
 constexpr u32 D = 64, TILE = 64, BYTES = 2 * D, THREADS = 128;
 

@@ -14,9 +14,9 @@
 // Scratch scores 4BHTTk
 // Needs   D % 32 == 0
 // Rounds  once, on store; everything between in f32.
-#include "common/reduce.cuh"
+#include "common/interval.cuh"
 #include "common/pack.cuh"
-#include "interval.cuh"
+#include "common/reduce.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_fwd_two_pass_scores_bf16(float* scores, const bf16* q, const bf16* k, const int* row_start,

@@ -39,7 +39,7 @@ pub(crate) struct Bisect {
     #[command(flatten)]
     machines: Machines,
     /// One case of the ops' tables instead, as `rmsnorm/301x1024`: its ops, forward and backward.
-    #[arg(long, value_name = "OP/NAME", conflicts_with_all = ["preset", "batch", "positions", "set", "seed"])]
+    #[arg(long, value_name = "OP/NAME", conflicts_with_all = ["preset", "config", "set", "batch", "positions", "seed"])]
     case: Option<String>,
     /// Seed of weights and data.
     #[arg(long, value_name = "S", default_value_t = 0)]
@@ -101,7 +101,8 @@ impl Examined {
         let mut walk = Walk::new(&scene.graph, nodes, scene.given.clone());
         let mut cpu = agreement::cpu()?;
         for (i, step) in plan.steps.iter().enumerate() {
-            let Some(application) = walk.step(&mut cpu)? else { break };
+            let application = walk.step(&mut cpu)?;
+            let application = application.ok_or_else(|| Failure::error(format!("step {i} has no node")))?;
             if !step.is_view() {
                 self.step(&application, &plan, step, &format!("step {i} of {}", scene.name))?;
             }

@@ -1,4 +1,4 @@
-// The mask of attention.
+// What queries see: an interval of the keys of a cache.
 #pragma once
 #include "ptx.cuh"
 
@@ -9,3 +9,10 @@ INLINE int2 interval(const int* row_start, const int* row_end, u64 at, u32 keys)
 }
 
 INLINE bool sees(int2 seen, int key) { return key >= seen.x && key < seen.y; }
+
+// The cache that batch row `b` reads, or -1; without caches its own keys.
+INLINE int cache_of(const int* slots, u32 caches, int b) {
+    if (caches == 0) return b;
+    const int slot = slots[b];
+    return slot >= 0 && slot < int(caches) ? slot : -1;
+}
