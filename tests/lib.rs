@@ -12,7 +12,7 @@ use std::{
 };
 use transfusion::{
     batch::{Batch, PackOptions, Packer},
-    config::{Extension, ImageConfig, ModelConfig, Objective, PatchPositions},
+    config::{Extension, ImageConfig, MatmulPrecision, ModelConfig, Objective, PatchPositions},
     data::{Document, Documents, Part, Shared},
     diffusion, model,
     model::Capacity,
@@ -160,6 +160,7 @@ pub fn mixed() -> ModelConfig {
             eoi_token_id: 259,
             pad_token_id: 260,
             qk_norm: true,
+            matmul_precision: MatmulPrecision::default(),
             image: Some(ImageConfig {
                 size: 8,
                 channels: 3,

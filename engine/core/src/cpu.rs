@@ -3,13 +3,15 @@
 //!
 //! Every sum is taken in an order fixed by the shapes alone, so results have the same bits with any
 //! number of threads. Work may be cut by the number of threads only where no sum crosses the cut.
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod matmul;
 mod real;
 mod simd;
 mod sin_cos;
 mod transpose;
 
-pub use matmul::{FEW, Mat, matmul, matmul_rows, piece_rows};
+pub use matmul::{FEW, Mat, Precision, matmul, matmul_rows, piece_rows};
 pub use real::{LANES, Real, axpy, dot, sum};
 pub(crate) use simd::{Vectorised, simd};
 pub use sin_cos::sin_cos;

@@ -1,5 +1,6 @@
 //! The program: values in single-assignment form, nodes in execution order.
 use crate::{
+    cpu::Precision,
     error::{Error, Result},
     op::{Grad, Kind, Memory, Op},
     tensor::{DType, Shape, Spec, Tensor},
@@ -55,6 +56,8 @@ pub struct Graph {
     pub(crate) nodes: Vec<Node>,
     pub(crate) outputs: Vec<(String, Tensor)>,
     pub(crate) accumulators: HashMap<Tensor, Tensor>,
+    /// Of the matrix products that are added from here on, and of their gradients.
+    pub precision: Precision,
     named: HashMap<(Role, String), Tensor>,
     latest: HashMap<Tensor, Tensor>,
     error: Option<Error>,

@@ -9,7 +9,7 @@ use crate::{
     sample::Cancel,
 };
 use transfusion_core::{
-    cpu::{Cpu, Mat, matmul_rows},
+    cpu::{Cpu, Mat, Precision, matmul_rows},
     random::{Purpose, Stream},
 };
 
@@ -134,8 +134,8 @@ impl LinearDenoiser {
         let n = x.len() / values;
         let rows = Mat::new(&self.rows, self.count, values);
         let (mut shares, mut product) = (vec![0.0; n * self.count], vec![0.0; x.len()]);
-        matmul_rows(&mut shares, Mat::new(x, n, values), rows.t(), false, &cpu);
-        matmul_rows(&mut product, Mat::new(&shares, n, self.count), rows, false, &cpu);
+        matmul_rows(&mut shares, Mat::new(x, n, values), rows.t(), false, Precision::F32, &cpu);
+        matmul_rows(&mut product, Mat::new(&shares, n, self.count), rows, false, Precision::F32, &cpu);
         product
     }
 }

@@ -5,7 +5,7 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use transfusion_core::{ops::Heads, tensor::DType};
+use transfusion_core::{cpu::Precision, ops::Heads, tensor::DType};
 
 /// A model, under the keys of a Hugging Face `config.json`. Keys that we do not know are kept and
 /// written again.
@@ -68,9 +68,23 @@ pub struct Extension {
     /// RMSNorm of every query and key head before RoPE.
     #[serde(default)]
     pub qk_norm: bool,
+    /// What the factors of matrix products may be rounded to.
+    #[serde(default)]
+    pub matmul_precision: MatmulPrecision,
     /// Images; absent in a model of text alone.
     #[serde(default)]
     pub image: Option<ImageConfig>,
+}
+
+/// What the factors of matrix products may be rounded to where values are stored in f32; sums are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MatmulPrecision {
+    /// Nothing.
+    #[default]
+    Float32,
+    /// bf16, on processors that are faster with it: those with AVX-512 BF16.
+    Bfloat16,
 }
 
 /// How images enter and leave the model.
@@ -161,11 +175,8 @@ impl ModelConfig {
             lambda: 5.0,
         };
         Ok(match name {
-            "tiny" => qk_normed(ModelConfig {
-                tie_word_embeddings: true,
-                ..llama(128, 352, 4, 4, 256, 512, Some(pixels))
-            }),
-            "text-tiny" => ModelConfig { tie_word_embeddings: true, ..llama(128, 320, 4, 4, 256, 64, None) },
+            "tiny" => for_cpus(llama(128, 352, 4, 4, 256, 512, Some(pixels)), |t| t.qk_norm = true),
+            "text-tiny" => for_cpus(llama(128, 320, 4, 4, 256, 64, None), |_| {}),
             "0.16b" => paper(768, 2048, 16, 12),
             "0.37b" => paper(1024, 2816, 24, 16),
             "0.76b" => paper(1536, 4096, 24, 24),
@@ -191,6 +202,15 @@ impl ModelConfig {
     /// What weights and activations are stored as.
     pub fn dtype(&self) -> DType {
         if self.torch_dtype == "bfloat16" { DType::Bf16 } else { DType::F32 }
+    }
+
+    /// The precision of matrix products of values stored as `dtype`. Those of bf16 lose nothing by it.
+    pub fn precision(&self, dtype: DType) -> Precision {
+        let asked = self.transfusion.as_ref().map(|t| t.matmul_precision).unwrap_or_default();
+        match asked {
+            MatmulPrecision::Float32 if dtype != DType::Bf16 => Precision::F32,
+            _ => Precision::Bf16,
+        }
     }
 
     /// How images enter and leave, if they do.
@@ -328,10 +348,12 @@ impl ImageConfig {
     }
 }
 
-/// The same with query and key norms, which a high learning rate wants.
-fn qk_normed(mut c: ModelConfig) -> ModelConfig {
+/// The same, small enough for a CPU: tied, with the fastest products.
+fn for_cpus(mut c: ModelConfig, further: impl FnOnce(&mut Extension)) -> ModelConfig {
+    c.tie_word_embeddings = true;
     if let Some(t) = &mut c.transfusion {
-        t.qk_norm = true;
+        t.matmul_precision = MatmulPrecision::Bfloat16;
+        further(t);
     }
     c
 }
@@ -368,6 +390,7 @@ fn llama(
             eoi_token_id: first + 3,
             pad_token_id: first + 4,
             qk_norm: false,
+            matmul_precision: MatmulPrecision::default(),
             image,
         }),
         other: Map::new(),

@@ -348,7 +348,9 @@ struct Builder<'c> {
 
 impl<'c> Builder<'c> {
     fn new(config: &'c ModelConfig, kind: Kind, dtype: DType) -> Builder<'c> {
-        Builder { g: Graph::new(), config, all: weights(config), kind, dtype, inspect: false }
+        let mut g = Graph::new();
+        g.precision = config.precision(dtype);
+        Builder { g, config, all: weights(config), kind, dtype, inspect: false }
     }
 
     /// Makes a value an output, where those are wanted.

@@ -2,6 +2,8 @@
 //! right factor panel by panel, each of which stays in cache while the rows of the piece pass by, and sums
 //! tiles of the result in registers. Every element is summed in an order fixed by the shapes alone: over
 //! the inner dimension, in blocks of [`DEPTH`].
+#[cfg(target_arch = "x86_64")]
+use super::bf16;
 use super::{Cpu, Real, axpy, dot, simd, transpose};
 use crate::tensor::DType;
 use rayon::prelude::*;
@@ -13,14 +15,35 @@ pub const FEW: usize = 4;
 /// Elements of the right factor that one parallel task meets a few rows with.
 const TASK: usize = 16 * 1024;
 
+/// What the factors of a matrix product of f32 may be rounded to; sums are f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Nothing.
+    #[default]
+    F32,
+    /// bf16, where the machine is faster with it: a CPU that has AVX-512 BF16. Products of few rows are not
+    /// rounded.
+    Bf16,
+}
+
+impl Precision {
+    /// Whether this machine rounds for it.
+    pub fn rounds(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Precision::Bf16 && bf16::is_available();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+}
+
 /// A strided matrix.
 #[derive(Clone, Copy, Debug)]
 pub struct Mat<'a, T> {
     data: &'a [T],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
 }
 
 impl<'a, T> Mat<'a, T> {
@@ -30,6 +53,16 @@ impl<'a, T> Mat<'a, T> {
     /// If `data` is shorter.
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         Mat { data: &data[..rows * cols], rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Itself, if it is of f32.
+    #[cfg(target_arch = "x86_64")]
+    fn single(self) -> Mat<'a, f32>
+    where
+        T: bytemuck::Pod,
+    {
+        let Mat { data, rows, cols, row_stride, col_stride } = self;
+        Mat { data: bytemuck::cast_slice(data), rows, cols, row_stride, col_stride }
     }
 
     /// Its transpose.
@@ -43,16 +76,32 @@ impl<'a, T> Mat<'a, T> {
         Mat { data: &self.data[(at * self.row_stride).min(self.data.len())..], rows: n, ..self }
     }
 
+    /// The element of row `i` and column `j`.
+    #[inline(always)]
+    pub(super) fn at(&self, i: usize, j: usize) -> T
+    where
+        T: Copy,
+    {
+        self.data[i * self.row_stride + j * self.col_stride]
+    }
+
     /// `n` neighbours in row `i` from column `j` on; only where rows are contiguous.
     #[inline(always)]
-    fn run(&self, i: usize, j: usize, n: usize) -> &'a [T] {
+    pub(super) fn run(&self, i: usize, j: usize, n: usize) -> &'a [T] {
         &self.data[i * self.row_stride + j..][..n]
     }
 }
 
 /// `c = a b`, or `c += a b`; `c` is contiguous and row-major. Rows of `c` are shared out among
 /// threads.
-pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool, cpu: &Cpu) {
+pub fn matmul<T: Real>(
+    c: &mut [T],
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    accumulate: bool,
+    precision: Precision,
+    cpu: &Cpu,
+) {
     let (m, n) = (a.rows, b.cols);
     if m * n == 0 {
         return;
@@ -62,7 +111,7 @@ pub fn matmul<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bo
     }
     let step = piece_rows(m);
     c[..m * n].par_chunks_mut(step * n).enumerate().for_each(|(i, c)| {
-        matmul_rows(c, a.rows(i * step, c.len() / n), b, accumulate, cpu);
+        matmul_rows(c, a.rows(i * step, c.len() / n), b, accumulate, precision, cpu);
     });
 }
 
@@ -78,9 +127,20 @@ pub fn piece_rows(m: usize) -> usize {
 ///
 /// # Panics
 /// If the inner dimensions differ or `c` is shorter than the product.
-pub fn matmul_rows<T: Real>(c: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, accumulate: bool, cpu: &Cpu) {
+pub fn matmul_rows<T: Real>(
+    c: &mut [T],
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    accumulate: bool,
+    precision: Precision,
+    cpu: &Cpu,
+) {
     assert!(a.cols == b.rows, "inner dimensions {} and {}", a.cols, b.rows);
     let c = &mut c[..a.rows * b.cols];
+    #[cfg(target_arch = "x86_64")]
+    if T::DTYPE == DType::F32 && precision.rounds() {
+        return bf16::product(bytemuck::cast_slice_mut(c), a.single(), b.single(), accumulate, cpu);
+    }
     let strips = if a.col_stride == 1 { 0 } else { a.rows.div_ceil(SHORT) * STRIP * DEPTH };
     cpu.scratch(DEPTH * PANEL + strips, |spare: &mut [T]| {
         let (packed, strips) = spare.split_at_mut(DEPTH * PANEL);
@@ -366,13 +426,16 @@ mod tests {
             (0..k).map(|p| a.data[i * k + p].f64() * b.data[p * n + j].f64()).sum::<f64>()
         };
         let mut c = vec![T::ONE; m * n];
-        // Integers: every order of summing is exact.
-        for (times, (a, b)) in [(a, b), (a, bt), (at, b), (at, bt)].into_iter().enumerate() {
-            matmul(&mut c, a, b, times > 0, &cpu);
-            for i in 0..m {
-                for j in 0..n {
-                    let want = (times + 1) as f64 * want(i, j);
-                    assert_eq!(c[i * n + j].f64(), want, "{m}x{n}x{k} at {i},{j}, product {times}");
+        // Small integers: every order of summing is exact, and so is bf16.
+        for precision in [Precision::F32, Precision::Bf16] {
+            for (times, (a, b)) in [(a, b), (a, bt), (at, b), (at, bt)].into_iter().enumerate() {
+                matmul(&mut c, a, b, times > 0, precision, &cpu);
+                for i in 0..m {
+                    for j in 0..n {
+                        let want = (times + 1) as f64 * want(i, j);
+                        let have = c[i * n + j].f64();
+                        assert_eq!(have, want, "{m}x{n}x{k} at {i},{j}, {precision:?} product {times}");
+                    }
                 }
             }
         }
@@ -385,17 +448,75 @@ mod tests {
         let b: Vec<T> = (0..k * n).map(|i| T::of((i * 5 % 11) as f64 - 5.0)).collect();
         let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
         let mut want = vec![T::ZERO; m * n];
-        matmul(&mut want, a, b, false, &Cpu::default());
+        matmul(&mut want, a, b, false, Precision::F32, &Cpu::default());
         let (mut have, mut packed) = (vec![T::ZERO; m * n], vec![T::ZERO; DEPTH * PANEL]);
         let product = Product { c: &mut have, a, b, accumulate: false, packed: &mut packed, strips: &mut [] };
         pulp::WithSimd::with_simd(product, pulp::Scalar::new());
         assert_eq!(have, want);
     }
 
+    /// Factors are rounded to the nearest bf16 and ties to even, sums are f32; NaN and infinity arrive.
+    #[test]
+    fn bf16_products_round_factors_alone() {
+        let cpu = Cpu::default();
+        let factor = |i: usize| ((i * 7919 % 4093) as f32 - 2046.0) * 1.37e-3;
+        let (m, n, k) = (29, 45, 77);
+        let (a, b): (Vec<f32>, Vec<f32>) =
+            ((0..m * k).map(factor).collect(), (3..n * k + 3).map(factor).collect());
+        let rounded =
+            |x: &[f32]| -> Vec<f32> { x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect() };
+        let (wide, narrow) = (rounded(&a), rounded(&b));
+        let mut have = vec![0.0; m * n];
+        matmul(&mut have, Mat::new(&a, m, k), Mat::new(&b, k, n), false, Precision::Bf16, &cpu);
+        let rounds = Precision::Bf16.rounds();
+        let (x, y) = if rounds { (&wide, &narrow) } else { (&a, &b) };
+        for (at, have) in have.iter().enumerate() {
+            let products = (0..k).map(|p| f64::from(x[at / n * k + p]) * f64::from(y[p * n + at % n]));
+            let (want, size) = products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + f64::abs(x)));
+            assert!((f64::from(*have) - want).abs() <= 1e-6 * size, "{at}: {have} {want}");
+        }
+        let mut odd = a.clone();
+        (odd[k + 5], odd[2 * k + 76]) = (f32::NAN, f32::INFINITY);
+        matmul(&mut have, Mat::new(&odd, m, k), Mat::new(&b, k, n), false, Precision::Bf16, &cpu);
+        assert!(
+            have[n..2 * n].iter().all(|x| x.is_nan()) && !have[2 * n].is_finite() && have[3 * n].is_finite()
+        );
+    }
+
     #[test]
     fn products_need_no_vectors() {
         scalar::<f32>();
         scalar::<f64>();
+    }
+
+    /// `cargo test --release -p transfusion-core speed -- --ignored --nocapture --test-threads 1`
+    #[test]
+    #[ignore]
+    fn speed() {
+        let cpu = Cpu::default();
+        for (m, n, k) in [(384, 384, 128), (384, 640, 128), (384, 128, 320), (512, 512, 512), (192, 128, 768)]
+        {
+            let (a, b) = (vec![0.3f32; m * k], vec![0.7f32; n * k]);
+            let mut c = vec![0.0f32; m * n];
+            for precision in [Precision::F32, Precision::Bf16] {
+                let (x, y) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
+                let (xt, yt) = (Mat::new(&a, k, m).t(), Mat::new(&b, n, k).t());
+                let g: Vec<String> = [(x, yt), (x, y), (xt, y)]
+                    .map(|(x, y)| {
+                        let best = (0..300)
+                            .map(|_| {
+                                let t = std::time::Instant::now();
+                                matmul_rows(&mut c, x, y, false, precision, &cpu);
+                                t.elapsed()
+                            })
+                            .min()
+                            .unwrap();
+                        format!("{:.1}", 2e-9 * (m * n * k) as f64 / best.as_secs_f64())
+                    })
+                    .into();
+                println!("{m}x{n}x{k} {precision:?} NT NN TN {g:?} GFLOP/s");
+            }
+        }
     }
 
     #[test]
@@ -410,6 +531,8 @@ mod tests {
             (1, 129, 64),
             (64, 1, 300),
             (37, 19, 513),
+            (40, 64, 600),
+            (9, 35, 16),
             (6, 8, 0),
         ] {
             check::<f32>(m, n, k);

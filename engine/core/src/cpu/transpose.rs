@@ -42,7 +42,10 @@ pub fn transpose<T: Real, const W: usize>(rows: [&[T]; W], to: &mut [[T; W]]) {
 /// By pairs, by fours, by halves.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn transpose_8x8(v3: pulp::x86::V3, x: [std::arch::x86_64::__m256; 8]) -> [std::arch::x86_64::__m256; 8] {
+pub(super) fn transpose_8x8(
+    v3: pulp::x86::V3,
+    x: [std::arch::x86_64::__m256; 8],
+) -> [std::arch::x86_64::__m256; 8] {
     let avx = v3.avx;
     let mut pairs = x;
     for i in [0, 2, 4, 6] {

@@ -8,12 +8,15 @@ mod kernels;
 mod plain;
 
 #[derive(Debug)]
-struct CrossEntropy;
+struct CrossEntropy {
+    precision: Precision,
+}
 
 /// `dh` and `dw`; `dw` is added to an accumulator where there is one.
 #[derive(Debug)]
 struct CrossEntropyBwd {
     accumulate: bool,
+    precision: Precision,
 }
 
 impl Graph {
@@ -22,7 +25,8 @@ impl Graph {
     /// unused; a count of zero yields zero.
     #[track_caller]
     pub fn cross_entropy(&mut self, h: Tensor, w: Tensor, targets: Tensor, count: Tensor) -> Tensor {
-        self.push::<2>(CrossEntropy, &[h, w, targets, count])[0]
+        let op = CrossEntropy { precision: self.precision };
+        self.push::<2>(op, &[h, w, targets, count])[0]
     }
 }
 
@@ -103,7 +107,7 @@ impl Op for CrossEntropy {
                         return;
                     }
                     cpu.scratch(lse.len() * v, |z: &mut [T]| {
-                        matmul_rows(z, Mat::new(h, lse.len(), c), w, false, cpu);
+                        matmul_rows(z, Mat::new(h, lse.len(), c), w, false, self.precision, cpu);
                         simd!({
                             for (r, z) in z.chunks(v).enumerate() {
                                 (lse[r], each[r]) = (T::ZERO, T::ZERO);
@@ -140,7 +144,8 @@ impl Op for CrossEntropy {
         ins.extend([n.outs[1], dloss]);
         let accumulator = g.accumulator(n.ins[1]);
         ins.extend(accumulator);
-        let [dh, dw] = g.push(CrossEntropyBwd { accumulate: accumulator.is_some() }, &ins);
+        let op = CrossEntropyBwd { accumulate: accumulator.is_some(), precision: self.precision };
+        let [dh, dw] = g.push(op, &ins);
         let dw = if accumulator.is_some() { Grad::Into(dw) } else { Grad::To(dw) };
         Ok(vec![Grad::To(dh), dw, Grad::Integer, stop()])
     }
@@ -177,11 +182,11 @@ impl Op for CrossEntropyBwd {
                     let tasks = dz.par_chunks_mut(TASK * v).zip(dh.par_chunks_mut(TASK * c));
                     tasks.enumerate().for_each(|(j, (dz, dh))| {
                         let (m, at) = (dh.len() / c, j * TASK);
-                        matmul_rows(dz, Mat::new(&h[at * c..], m, c), w.t(), false, cpu);
+                        matmul_rows(dz, Mat::new(&h[at * c..], m, c), w.t(), false, self.precision, cpu);
                         simd!(logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
-                        matmul_rows(dh, Mat::new(dz, m, v), w, false, cpu);
+                        matmul_rows(dh, Mat::new(dz, m, v), w, false, self.precision, cpu);
                     });
-                    matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true, cpu);
+                    matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true, self.precision, cpu);
                 });
             }
         });

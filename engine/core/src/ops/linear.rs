@@ -37,16 +37,20 @@ struct Linear {
     bias: bool,
     activation: Activation,
     residual: bool,
+    precision: Precision,
 }
 
 /// `dx = dy w`.
 #[derive(Debug)]
-struct LinearDx;
+struct LinearDx {
+    precision: Precision,
+}
 
 /// `dw = dy^T x`, added to an accumulator where there is one.
 #[derive(Debug)]
 struct LinearDw {
     accumulate: bool,
+    precision: Precision,
 }
 
 impl Graph {
@@ -54,7 +58,8 @@ impl Graph {
     /// after SwiGLU.
     #[track_caller]
     pub fn linear(&mut self, x: Tensor, w: Tensor, e: Epilogue) -> Tensor {
-        let op = Linear { bias: e.bias.is_some(), activation: e.activation, residual: e.residual.is_some() };
+        let (bias, residual) = (e.bias.is_some(), e.residual.is_some());
+        let op = Linear { bias, activation: e.activation, residual, precision: self.precision };
         let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).collect();
         match e.activation {
             Activation::None => self.push::<1>(op, &ins)[0],
@@ -102,8 +107,8 @@ impl Linear {
         let piece = |i: usize, pre: &mut [T], y: &mut [T]| {
             let rows = pre.len() / m;
             match n <= FEW {
-                true => matmul(pre, x, w, false, cpu),
-                false => matmul_rows(pre, x.rows(i * step, rows), w, false, cpu),
+                true => matmul(pre, x, w, false, self.precision, cpu),
+                false => matmul_rows(pre, x.rows(i * step, rows), w, false, self.precision, cpu),
             }
             let out = if width == 0 { m } else { width };
             let residual = if self.residual { &residual[i * step * out..][..rows * out] } else { &[] };
@@ -168,10 +173,13 @@ impl Op for Linear {
             Activation::Silu => g.push::<1>(SiluBwd, &[n.outs[1], dy])[0],
             Activation::SwiGlu => g.push::<1>(SwiGluBwd, &[n.outs[1], dy])[0],
         };
-        let [dx] = g.push(LinearDx, &[dpre, w]);
+        let precision = self.precision;
+        let [dx] = g.push(LinearDx { precision }, &[dpre, w]);
         let dw = match g.accumulator(w) {
-            Some(sum) => Grad::Into(g.push::<1>(LinearDw { accumulate: true }, &[dpre, x, sum])[0]),
-            None => Grad::To(g.push::<1>(LinearDw { accumulate: false }, &[dpre, x])[0]),
+            Some(sum) => {
+                Grad::Into(g.push::<1>(LinearDw { accumulate: true, precision }, &[dpre, x, sum])[0])
+            }
+            None => Grad::To(g.push::<1>(LinearDw { accumulate: false, precision }, &[dpre, x])[0]),
         };
         let mut grads = vec![Grad::To(dx), dw];
         if self.bias {
@@ -199,7 +207,7 @@ impl Op for LinearDx {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
             let (dy, w) = (Mat::new(T::read(&ins[0]), n, m), Mat::new(T::read(&ins[1]), m, k));
-            matmul(T::write(&mut outs[0]), dy, w, false, cpu);
+            matmul(T::write(&mut outs[0]), dy, w, false, self.precision, cpu);
         });
     }
 
@@ -228,12 +236,12 @@ impl Op for LinearDw {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
             let (dy, x) = (Mat::new(T::read(&ins[0]), n, m).t(), Mat::new(T::read(&ins[1]), n, k));
-            matmul(T::write(&mut outs[0]), dy, x, self.accumulate, cpu);
+            matmul(T::write(&mut outs[0]), dy, x, self.accumulate, self.precision, cpu);
         });
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        let alone = LinearDw { accumulate: false };
+        let alone = LinearDw { accumulate: false, precision: self.precision };
         self.accumulate.then(|| agreement::then_added(alone, specs, ins, 0)).flatten()
     }
 

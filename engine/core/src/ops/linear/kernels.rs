@@ -305,7 +305,12 @@ mod tests {
         kernels.launches.iter().map(of).collect()
     }
 
-    const PLAIN: Linear = Linear { bias: false, activation: Activation::None, residual: false };
+    const PLAIN: Linear = Linear {
+        bias: false,
+        activation: Activation::None,
+        residual: false,
+        precision: crate::cpu::Precision::F32,
+    };
 
     #[test]
     fn large_products_take_large_tiles() {
