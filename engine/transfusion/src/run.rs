@@ -134,7 +134,7 @@ impl RunConfig {
         };
         let train = match name {
             "tiny" => TrainOptions {
-                steps: 3300,
+                steps: 4000,
                 rows: 2,
                 positions: 512,
                 lr: 3e-3,

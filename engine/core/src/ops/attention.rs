@@ -233,53 +233,69 @@ fn products<T: Real>(s: &mut Pairs<T>, x: &[T], y: &[T], width: usize, panels: R
     }
 }
 
-/// `y[r] += sum_j s[r][j] x[j]` over `keys`, for `R` queries.
+/// `y[r] += sum_j s[r][j] x[j]` over keys that the whole group sees.
 #[inline(always)]
-fn gather<T: Real, const R: usize>(y: &mut [T], s: &[[T; KEYS]], x: &[T], padded: usize, keys: Range<usize>) {
+fn gather<T: Real>(y: &mut [T], s: &Pairs<T>, x: &[T], padded: usize, keys: Range<usize>) {
     if keys.is_empty() {
         return;
     }
-    let s: [&[T]; R] = std::array::from_fn(|r| &s[r][keys.clone()]);
+    let s: [&[T]; GROUP] = std::array::from_fn(|r| &s[r][keys.clone()]);
     for c in (0..padded).step_by(LANES) {
-        let mut sum = [[T::ZERO; LANES]; R];
-        for r in 0..R {
-            sum[r].copy_from_slice(&y[r * padded + c..][..LANES]);
-        }
+        let mut sum = rows_at(y, padded, c);
         for n in 0..keys.len() {
             let x = &x[(keys.start + n) * padded + c..][..LANES];
-            for r in 0..R {
+            for r in 0..GROUP {
                 for l in 0..LANES {
                     sum[r][l] = x[l].mul_add(s[r][n], sum[r][l]);
                 }
             }
         }
-        for r in 0..R {
+        for r in 0..GROUP {
             y[r * padded + c..][..LANES].copy_from_slice(&sum[r]);
         }
     }
 }
 
-/// `x[j] += sum_r s[r][j] y[r]` for `keys`, over `R` queries.
+/// The same over keys that not every query sees.
 #[inline(always)]
-fn scatter<T: Real, const R: usize>(
-    x: &mut [T],
-    s: &[[T; KEYS]],
-    y: &[T],
+fn gather_ragged<T: Real>(
+    y: &mut [T],
+    s: &Pairs<T>,
+    x: &[T],
     padded: usize,
     keys: Range<usize>,
+    seen: &[Range<usize>; GROUP],
 ) {
+    for c in (0..padded).step_by(LANES) {
+        let mut sum = rows_at(y, padded, c);
+        for n in keys.clone() {
+            let x = &x[n * padded + c..][..LANES];
+            for r in 0..GROUP {
+                if seen[r].contains(&n) {
+                    for l in 0..LANES {
+                        sum[r][l] = x[l].mul_add(s[r][n], sum[r][l]);
+                    }
+                }
+            }
+        }
+        for r in 0..GROUP {
+            y[r * padded + c..][..LANES].copy_from_slice(&sum[r]);
+        }
+    }
+}
+
+/// `x[j] += sum_r s[r][j] y[r]` for keys that the whole group sees.
+#[inline(always)]
+fn scatter<T: Real>(x: &mut [T], s: &Pairs<T>, y: &[T], padded: usize, keys: Range<usize>) {
     if keys.is_empty() {
         return;
     }
-    let s: [&[T]; R] = std::array::from_fn(|r| &s[r][keys.clone()]);
+    let s: [&[T]; GROUP] = std::array::from_fn(|r| &s[r][keys.clone()]);
     for c in (0..padded).step_by(LANES) {
-        let mut of = [[T::ZERO; LANES]; R];
-        for r in 0..R {
-            of[r].copy_from_slice(&y[r * padded + c..][..LANES]);
-        }
+        let of = rows_at(y, padded, c);
         for n in 0..keys.len() {
             let x = &mut x[(keys.start + n) * padded + c..][..LANES];
-            for r in 0..R {
+            for r in 0..GROUP {
                 for l in 0..LANES {
                     x[l] = of[r][l].mul_add(s[r][n], x[l]);
                 }
@@ -288,19 +304,48 @@ fn scatter<T: Real, const R: usize>(
     }
 }
 
-/// The pairs that a group sees: `(None, keys)` for keys that the whole group sees, `(Some(r), keys)`
-/// for those that query r sees beside them.
+/// The same for keys that not every query sees.
 #[inline(always)]
-fn shares(seen: &[Range<usize>; GROUP]) -> [(Option<usize>, Range<usize>); 1 + 2 * GROUP] {
+fn scatter_ragged<T: Real>(
+    x: &mut [T],
+    s: &Pairs<T>,
+    y: &[T],
+    padded: usize,
+    keys: Range<usize>,
+    seen: &[Range<usize>; GROUP],
+) {
+    for c in (0..padded).step_by(LANES) {
+        let of = rows_at(y, padded, c);
+        for n in keys.clone() {
+            let x = &mut x[n * padded + c..][..LANES];
+            for r in 0..GROUP {
+                if seen[r].contains(&n) {
+                    for l in 0..LANES {
+                        x[l] = of[r][l].mul_add(s[r][n], x[l]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The elements `c..c + LANES` of a group's rows.
+#[inline(always)]
+fn rows_at<T: Real>(x: &[T], padded: usize, c: usize) -> [[T; LANES]; GROUP] {
+    let mut rows = [[T::ZERO; LANES]; GROUP];
+    for r in 0..GROUP {
+        rows[r].copy_from_slice(&x[r * padded + c..][..LANES]);
+    }
+    rows
+}
+
+/// The keys that a whole group sees, and those before and behind them that some of it see.
+#[inline(always)]
+fn shares(seen: &[Range<usize>; GROUP]) -> (Range<usize>, [Range<usize>; 2]) {
+    let all = hull(seen.iter().cloned());
     let start = seen.iter().map(|s| s.start).fold(0, usize::max);
     let end = seen.iter().map(|s| s.end).fold(KEYS, usize::min);
-    // Without a common part, everything lies before it.
-    let common = if start < end { start..end } else { KEYS..KEYS };
-    std::array::from_fn(|n| match n {
-        0 => (None, common.clone()),
-        n if n <= GROUP => (Some(n - 1), seen[n - 1].start..common.start.min(seen[n - 1].end)),
-        n => (Some(n - 1 - GROUP), common.end.min(seen[n - 1 - GROUP].end)..seen[n - 1 - GROUP].end),
-    })
+    if start < end { (start..end, [all.start..start, end..all.end]) } else { (0..0, [all, 0..0]) }
 }
 
 /// Scores become exponentials below their maximum. Returns the maximum of `top` and the scores, and
@@ -493,11 +538,10 @@ impl<T: Real> Problem<'_, T> {
             state.total[g + r] = state.total[g + r].mul_add(shrink, total);
             o[r * padded..][..padded].iter_mut().for_each(|o| *o = *o * shrink);
         }
-        for (r, keys) in shares(seen) {
-            match r {
-                None => gather::<T, GROUP>(o, &s, v, padded, keys),
-                Some(r) => gather::<T, 1>(&mut o[r * padded..], &s[r..], v, padded, keys),
-            }
+        let (common, ragged) = shares(seen);
+        gather(o, &s, v, padded, common);
+        for keys in ragged {
+            gather_ragged(o, &s, v, padded, keys, seen);
         }
     }
 }
@@ -698,19 +742,14 @@ impl<T: Real> Problem<'_, T> {
         }
         let (q, d, k) = (&query.q[i * padded..], &query.d[i * padded..], &key.k[at * padded..]);
         let Gradients { dq, dk, dv } = to;
-        for (r, keys) in shares(&seen) {
-            match r {
-                None => {
-                    gather::<T, GROUP>(dq, &ds, k, padded, keys.clone());
-                    scatter::<T, GROUP>(dk, &ds, q, padded, keys.clone());
-                    scatter::<T, GROUP>(dv, &p, d, padded, keys);
-                }
-                Some(r) => {
-                    gather::<T, 1>(&mut dq[r * padded..], &ds[r..], k, padded, keys.clone());
-                    scatter::<T, 1>(dk, &ds[r..], &q[r * padded..], padded, keys.clone());
-                    scatter::<T, 1>(dv, &p[r..], &d[r * padded..], padded, keys);
-                }
-            }
+        let (common, ragged) = shares(&seen);
+        gather(dq, &ds, k, padded, common.clone());
+        scatter(dk, &ds, q, padded, common.clone());
+        scatter(dv, &p, d, padded, common);
+        for keys in ragged {
+            gather_ragged(dq, &ds, k, padded, keys.clone(), &seen);
+            scatter_ragged(dk, &ds, q, padded, keys.clone(), &seen);
+            scatter_ragged(dv, &p, d, padded, keys, &seen);
         }
     }
 
