@@ -1,6 +1,7 @@
 //! The case table of every op, and what is checked with it: devices agree, gradients agree with
 //! central differences, results do not depend on the number of threads.
 use crate::{
+    cpu::Precision,
     device::{CpuDevice, CpuOptions, Device, Place},
     error::{Error, Result},
     graph::Graph,
@@ -150,11 +151,13 @@ impl Case {
 
     /// The graph: float inputs are parameters (copied, so that in-place ops spare them, unless the case
     /// is [`Case::accumulating`]), integers and constants are inputs, outputs are named `out0`, `out1`, ...
+    /// Products of what is stored in bf16 may round their factors to it.
     ///
     /// # Errors
     /// If the op refuses the case.
     pub fn graph(&self, float: DType, backward: bool) -> Result<Graph> {
         let mut g = Graph::new();
+        g.precision = if float == DType::Bf16 { Precision::Bf16 } else { Precision::F32 };
         let (mut ins, mut params) = (vec![], vec![]);
         for (i, input) in self.inputs.iter().enumerate() {
             let spec = self.spec(i, float);

@@ -489,36 +489,6 @@ mod tests {
         scalar::<f64>();
     }
 
-    /// `cargo test --release -p transfusion-core speed -- --ignored --nocapture --test-threads 1`
-    #[test]
-    #[ignore]
-    fn speed() {
-        let cpu = Cpu::default();
-        for (m, n, k) in [(384, 384, 128), (384, 640, 128), (384, 128, 320), (512, 512, 512), (192, 128, 768)]
-        {
-            let (a, b) = (vec![0.3f32; m * k], vec![0.7f32; n * k]);
-            let mut c = vec![0.0f32; m * n];
-            for precision in [Precision::F32, Precision::Bf16] {
-                let (x, y) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
-                let (xt, yt) = (Mat::new(&a, k, m).t(), Mat::new(&b, n, k).t());
-                let g: Vec<String> = [(x, yt), (x, y), (xt, y)]
-                    .map(|(x, y)| {
-                        let best = (0..300)
-                            .map(|_| {
-                                let t = std::time::Instant::now();
-                                matmul_rows(&mut c, x, y, false, precision, &cpu);
-                                t.elapsed()
-                            })
-                            .min()
-                            .unwrap();
-                        format!("{:.1}", 2e-9 * (m * n * k) as f64 / best.as_secs_f64())
-                    })
-                    .into();
-                println!("{m}x{n}x{k} {precision:?} NT NN TN {g:?} GFLOP/s");
-            }
-        }
-    }
-
     #[test]
     fn products_agree_with_the_definition() {
         for (m, n, k) in [
