@@ -6,22 +6,27 @@
 // Forward, a thread keeps its lot of a repeated row for up to 16 of the rows that meet it.
 //
 // Backwards, y falls into G matrices of K rows and W columns, whose columns are summed: blocks take 32 lots of
-// columns and one of P shares of the rows, and leave parts [P, G W], which `sum` adds in order. `scale` is the
-// backward of what is not repeated. L is the lot: 8 of bf16, 4 of f32, 1 where W is no multiple of it.
+// columns, and all of the rows or, where these are many, one of P shares of them: then they leave parts [P, G W], which
+// `sum` adds in order. `scale` is the backward of what is not repeated. L is the lot: 8 of bf16, 4 of f32, 1 where W
+// is no multiple of it.
 //
-// entry                   grid               block  shared  arguments                     bytes          flops
-// add_fwd_bf16            min(n/2048,8*sms)  256    0       y | a b | n outer inner | s   6n             2n
-// add_fwd_f32             min(n/1024,8*sms)  256    0       y | a b | n outer inner | s   12n            2n
-// add_fwd_bf16_f32        min(n/1024,8*sms)  256    0       y | a b | n outer inner | s   10n            2n
-// add_fwd_f32_bf16        min(n/1024,8*sms)  256    0       y | a b | n outer inner | s   8n             2n
-// add_bwd_scale_bf16      min(n/2048,8*sms)  256    0       db | dy | n | s               4n             n
-// add_bwd_scale_f32       min(n/1024,8*sms)  256    0       db | dy | n | s               8n             n
-// add_bwd_scale_bf16_f32  min(n/1024,8*sms)  256    0       db | dy | n | s               6n             n
-// add_bwd_scale_f32_bf16  min(n/1024,8*sms)  256    0       db | dy | n | s               6n             n
-// add_bwd_parts_bf16      G*W/32L,P          256    0+1024L+1024  parts | dy | G K W |          2GKW+4PGW      GKW
-// add_bwd_parts_f32       G*W/32L,P          256    0+1024L+1024  parts | dy | G K W |          4GKW+4PGW      GKW
-// add_bwd_sum_bf16        G*W/32             256    1024    db | parts | P W | s          4PW+2W         PW
-// add_bwd_sum_f32         G*W/32             256    1024    db | parts | P W | s          4PW+4W         PW
+// entry                     grid               block  shared        arguments                    bytes      flops
+// add_fwd_bf16              min(n/2048,8*sms)  256    0             y | a b | n outer inner | s  6n         2n
+// add_fwd_f32               min(n/1024,8*sms)  256    0             y | a b | n outer inner | s  12n        2n
+// add_fwd_bf16_f32          min(n/1024,8*sms)  256    0             y | a b | n outer inner | s  10n        2n
+// add_fwd_f32_bf16          min(n/1024,8*sms)  256    0             y | a b | n outer inner | s  8n         2n
+// add_bwd_scale_bf16        min(n/2048,8*sms)  256    0             db | dy | n | s              4n         n
+// add_bwd_scale_f32         min(n/1024,8*sms)  256    0             db | dy | n | s              8n         n
+// add_bwd_scale_bf16_f32    min(n/1024,8*sms)  256    0             db | dy | n | s              6n         n
+// add_bwd_scale_f32_bf16    min(n/1024,8*sms)  256    0             db | dy | n | s              6n         n
+// add_bwd_columns_bf16      G*W/32L            256    0+1024L+1024  db | dy | G K W | s          2GKW+2GW   GKW
+// add_bwd_columns_f32       G*W/32L            256    0+1024L+1024  db | dy | G K W | s          4GKW+4GW   GKW
+// add_bwd_columns_bf16_f32  G*W/32L            256    0+1024L+1024  db | dy | G K W | s          2GKW+4GW   GKW
+// add_bwd_columns_f32_bf16  G*W/32L            256    0+1024L+1024  db | dy | G K W | s          4GKW+2GW   GKW
+// add_bwd_parts_bf16        G*W/32L,P          256    0+1024L+1024  parts | dy | G K W |         2GKW+4PGW  GKW
+// add_bwd_parts_f32         G*W/32L,P          256    0+1024L+1024  parts | dy | G K W |         4GKW+4PGW  GKW
+// add_bwd_sum_bf16          G*W/32             256    1024          db | parts | P W | s         4PW+2W     PW
+// add_bwd_sum_f32           G*W/32             256    1024          db | parts | P W | s         4PW+4W     PW
 //
 // An entry's last dtype is that of the result, one before it that of b, or of dy, where they differ.
 // Needs   Operands begin at multiples of 16 bytes.
@@ -89,8 +94,8 @@ INLINE void scaled(B* db, const T* dy, u32 n, float scale) {
 }
 
 // Rows k = first, first + step, ... of matrix g, summed by one warp; then the warps of the block in order.
-template <int N, typename T>
-INLINE void column_parts(float* parts, const T* dy, u32 groups, u32 rows, u32 width) {
+template <int N, typename T, typename B>
+INLINE void column_sums(B* to, const T* dy, u32 groups, u32 rows, u32 width, float scale) {
     // Element e of every lane lies side by side, a row of them in so many words, so that lanes meet different
     // banks when they write and when they read.
     constexpr int WARPS = THREADS / 32, ROW = N == 1 ? 32 : 32 + 32 / N;
@@ -116,13 +121,13 @@ INLINE void column_parts(float* parts, const T* dy, u32 groups, u32 rows, u32 wi
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) total += sums[(w * N + mine % N) * ROW + mine / N];
-    parts[(u64(blockIdx.y) * groups + g) * width + begin + mine] = total;
+    store_one(to + (u64(blockIdx.y) * groups + g) * width + begin + mine, total * scale);
 }
 
-template <typename T>
-INLINE void columns(float* parts, const T* dy, u32 groups, u32 rows, u32 width) {
-    if (width % WIDTH<T> == 0) column_parts<WIDTH<T>>(parts, dy, groups, rows, width);
-    else column_parts<1>(parts, dy, groups, rows, width);
+template <typename T, typename B>
+INLINE void columns(B* to, const T* dy, u32 groups, u32 rows, u32 width, float scale) {
+    if (width % WIDTH<T> == 0) column_sums<WIDTH<T>>(to, dy, groups, rows, width, scale);
+    else column_sums<1>(to, dy, groups, rows, width, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -166,13 +171,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
+    add_bwd_columns_bf16(bf16* db, const bf16* dy, u32 groups, u32 rows, u32 width, float s) {
+    columns(db, dy, groups, rows, width, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add_bwd_columns_f32(float* db, const float* dy, u32 groups, u32 rows, u32 width, float s) {
+    columns(db, dy, groups, rows, width, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add_bwd_columns_bf16_f32(float* db, const bf16* dy, u32 groups, u32 rows, u32 width, float s) {
+    columns(db, dy, groups, rows, width, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add_bwd_columns_f32_bf16(bf16* db, const float* dy, u32 groups, u32 rows, u32 width, float s) {
+    columns(db, dy, groups, rows, width, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
     add_bwd_parts_bf16(float* parts, const bf16* dy, u32 groups, u32 rows, u32 width) {
-    columns(parts, dy, groups, rows, width);
+    columns(parts, dy, groups, rows, width, 1.0f);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_bwd_parts_f32(float* parts, const float* dy, u32 groups, u32 rows, u32 width) {
-    columns(parts, dy, groups, rows, width);
+    columns(parts, dy, groups, rows, width, 1.0f);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

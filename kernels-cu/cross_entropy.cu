@@ -6,14 +6,16 @@
 // vectors of 16 bytes. A row belongs to a warp (narrow) or to a block (wide), which reads it once: sums of exponentials
 // follow the largest logit so far. Where M exceeds V, the products run over `pad`'s copy of the weights, with rows of
 // zeros behind. R counts the rows of all chunks. A target outside 0..V is unused, and a count of zero yields zero.
+// What stands in an unused row of h may be no number, and zero times that is none either: the product that makes dw
+// takes `kept`, h with zeros in those rows. It is held where dh will be.
 //
-// entry                               grid                block  shared  arguments                                   bytes    flops
-// cross_entropy_fwd_rows_narrow_bf16  min(N/8,4*sms)      256    0       lse each | logits targets | N V M |         2NM      10NV
-// cross_entropy_fwd_rows_wide_bf16    min(N,4*sms)        256    32      lse each | logits targets | N V M |         2NM      10NV
-// cross_entropy_fwd_sum_f32           1                   256    32      loss | each count | R |                     4R       R
-// cross_entropy_bwd_rows_narrow_bf16  min(N/8,4*sms)      256    0       logits | targets lse count dloss | N V M |  4NM      6NV
-// cross_entropy_bwd_rows_wide_bf16    min(N,4*sms)        256    0       logits | targets lse count dloss | N V M |  4NM      6NV
-// cross_entropy_pad_bf16              min(MC/2048,4*sms)  256    0       padded | w | VC MC |                        2VC+2MC  -
+// entry                               grid                block  shared  arguments                                              bytes    flops
+// cross_entropy_fwd_rows_narrow_bf16  min(N/8,4*sms)      256    0       lse each | logits targets | N V M |                    2NM      10NV
+// cross_entropy_fwd_rows_wide_bf16    min(N,4*sms)        256    32      lse each | logits targets | N V M |                    2NM      10NV
+// cross_entropy_fwd_sum_f32           1                   256    32      loss | each count | R |                                4R       R
+// cross_entropy_bwd_rows_narrow_bf16  min(N/8,4*sms)      256    0       logits kept | targets lse count dloss h | N V M C |    4NM+4NC  6NV
+// cross_entropy_bwd_rows_wide_bf16    min(N,4*sms)        256    0       logits kept | targets lse count dloss h | N V M C |    4NM+4NC  6NV
+// cross_entropy_pad_bf16              min(MC/2048,4*sms)  256    0       padded | w | VC MC |                                   2VC+2MC  -
 //
 // Needs   C % 8 == 0, rows 16-byte aligned; any N and V.
 // Rounds  logits once, when the product stores them; their gradient once more; sums in f32, fixed order
@@ -108,13 +110,16 @@ INLINE void forward(float* lse, float* each, const bf16* logits, const int* targ
 }
 
 template <typename R>
-INLINE void backward(bf16* logits, const int* targets, const float* lse, const float* count, const float* dloss, u32 rows,
-                     u32 vocabulary, u32 width) {
+INLINE void backward(bf16* logits, bf16* kept, const int* targets, const float* lse, const float* count,
+                     const float* dloss, const bf16* h, u32 rows, u32 vocabulary, u32 width, u32 depth) {
     const float scale = *dloss * inverse(*count);
     for (u32 n = R::first(); n < rows; n += gridDim.x * R::ROWS) {
         bf16* row = logits + u64(n) * width;
         const u32 target = targets[n];
-        if (!is_used(target, vocabulary)) {
+        const bool used = is_used(target, vocabulary);
+        for (u32 c = R::lane() * 8; c < depth; c += R::STEP)
+            store16(kept + u64(n) * depth + c, used ? load16(h + u64(n) * depth + c) : Vec16{});
+        if (!used) {
             for (u32 c = R::lane() * 8; c < width; c += R::STEP) store16(row + c, Vec16{});
             continue;
         }
@@ -155,15 +160,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    cross_entropy_bwd_rows_narrow_bf16(bf16* logits, const int* targets, const float* lse, const float* count,
-        const float* dloss, u32 rows, u32 vocabulary, u32 width) {
-    backward<Row<32>>(logits, targets, lse, count, dloss, rows, vocabulary, width);
+    cross_entropy_bwd_rows_narrow_bf16(bf16* logits, bf16* kept, const int* targets, const float* lse,
+        const float* count, const float* dloss, const bf16* h, u32 rows, u32 vocabulary, u32 width, u32 depth) {
+    backward<Row<32>>(logits, kept, targets, lse, count, dloss, h, rows, vocabulary, width, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    cross_entropy_bwd_rows_wide_bf16(bf16* logits, const int* targets, const float* lse, const float* count,
-        const float* dloss, u32 rows, u32 vocabulary, u32 width) {
-    backward<Row<THREADS>>(logits, targets, lse, count, dloss, rows, vocabulary, width);
+    cross_entropy_bwd_rows_wide_bf16(bf16* logits, bf16* kept, const int* targets, const float* lse,
+        const float* count, const float* dloss, const bf16* h, u32 rows, u32 vocabulary, u32 width, u32 depth) {
+    backward<Row<THREADS>>(logits, kept, targets, lse, count, dloss, h, rows, vocabulary, width, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)

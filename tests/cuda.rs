@@ -199,6 +199,14 @@ fn a_plan_runs_as_on_the_cpu() {
 }
 
 #[test]
+fn an_output_without_bytes_is_read() {
+    if on_healthy("an_output_without_bytes_is_read", &[]).is_none() {
+        let seen = three_runs(&mut CudaDevice::new(options()).unwrap(), 0);
+        assert!(seen.iter().all(Vec::is_empty), "{seen:?}");
+    }
+}
+
+#[test]
 fn plans_are_recorded_again_when_the_arena_moves() {
     let Some(log) = on_healthy("plans_are_recorded_again_when_the_arena_moves", &[]) else {
         let mut device = CudaDevice::new(options()).unwrap();

@@ -15,7 +15,7 @@ use transfusion_core::{
     cases::{self, Case},
     device::Device,
     launch::Target,
-    tensor::{DType, Host},
+    tensor::{DType, Host, Shape, Spec},
 };
 use transfusion_ptx::Module;
 use transfusion_ptxsim::{Options, Schedule, SimDevice, SimOptions};
@@ -116,13 +116,17 @@ impl Exam {
         Exam { questions, secrets }
     }
 
-    /// The ops that are asked about, and how many different applications of each.
+    /// With how many different extents of operands and results, however these are stored, each op is asked that takes
+    /// more than single numbers.
     pub fn shapes(&self) -> BTreeMap<&'static str, usize> {
-        let mut all: BTreeMap<&str, HashSet<String>> = BTreeMap::new();
-        for Question { application, .. } in &self.questions {
-            all.entry(application.op.name()).or_default().insert(application.to_string());
+        let mut all: BTreeMap<&str, HashSet<Vec<Shape>>> = BTreeMap::new();
+        for Question { application, expected, .. } in
+            self.questions.iter().filter(|q| !q.takes_single_numbers())
+        {
+            let specs = application.specs.iter().chain(&expected.outs);
+            all.entry(application.op.name()).or_default().insert(specs.map(|s| s.shape).collect());
         }
-        all.into_iter().map(|(op, different)| (op, different.len())).collect()
+        all.into_iter().map(|(op, shapes)| (op, shapes.len())).collect()
     }
 
     /// What is wrong with these kernels, where they stand in for the shipped ones; looked for as it is asked
@@ -197,6 +201,13 @@ fn targets(a: &Application) -> Vec<usize> {
 impl Question {
     fn flops(&self) -> u64 {
         self.application.cost().flops
+    }
+
+    /// Whether its op takes one number of each operand and refuses two.
+    fn takes_single_numbers(&self) -> bool {
+        let Application { op, specs, .. } = &self.application;
+        let two: Vec<Spec> = specs.iter().map(|s| Spec::new([2], s.dtype)).collect();
+        !specs.is_empty() && specs.iter().all(|s| s.shape.dims() == [1]) && op.infer(&two).is_err()
     }
 
     fn ask(&self, machines: &mut [Vec<SimDevice>]) -> Vec<String> {

@@ -1,8 +1,8 @@
-//! Rows and columns of products and norms that results do not depend on.
+//! Rows and columns of products, norms and losses that results do not depend on.
 use super::{Hiding, Part, Question, Secret};
-use transfusion_core::tensor::Spec;
+use transfusion_core::{agreement::Application, tensor::Spec};
 
-/// What results of an application of RMSNorm or a product must not depend on.
+/// What results of an application of RMSNorm, a product or a cross entropy must not depend on.
 pub(super) fn secret(question: &Question) -> Option<Secret> {
     let (ins, outs) = (&question.application.specs, &question.expected.outs);
     let hidings = match question.application.op.name() {
@@ -11,6 +11,8 @@ pub(super) fn secret(question: &Question) -> Option<Secret> {
         "linear" => linear(ins, outs),
         "linear_dx" => linear_dx(ins, outs),
         "linear_dw" => linear_dw(ins, outs),
+        "cross_entropy" => cross_entropy(ins, &targets(question)),
+        "cross_entropy_bwd" => cross_entropy_bwd(ins, outs, &targets(question)),
         _ => return None,
     };
     let (case, application) = (question.case.clone(), question.application.clone());
@@ -98,4 +100,35 @@ fn linear_dw(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
         .into_iter()
         .map(|k| hiding(format!("column {k} of x"), column(1, ins[1], k), column(0, outs[0], k)));
     rows.chain(columns).collect()
+}
+
+/// Whether each row of an application of cross entropy has a target.
+fn targets(question: &Question) -> Vec<bool> {
+    let Application { specs, ins, .. } = &question.application;
+    let vocabulary = specs[1].shape.rows() as f64;
+    ins[2].to_f64().iter().map(|t| (0.0..vocabulary).contains(t)).collect()
+}
+
+/// Rows without a target, and one that has one, if there are such.
+fn unused_and_used(used: &[bool]) -> (Vec<usize>, Option<usize>) {
+    let rows = 0..used.len();
+    (rows.clone().filter(|&n| !used[n]).collect(), rows.rev().find(|&n| used[n]))
+}
+
+fn cross_entropy(ins: &[Spec], used: &[bool]) -> Vec<Hiding> {
+    let (unused, one) = unused_and_used(used);
+    let rows = |rows: &[usize]| rows.iter().map(|&n| row(0, ins[0], n)).collect();
+    let unused = (!unused.is_empty()).then(|| hiding("unused rows of h".into(), rows(&unused), vec![]));
+    let one = one.map(|n| hiding(format!("row {n} of h"), rows(&[n]), vec![(0, 0..1), (1, n..n + 1)]));
+    unused.into_iter().chain(one).collect()
+}
+
+fn cross_entropy_bwd(ins: &[Spec], outs: &[Spec], used: &[bool]) -> Vec<Hiding> {
+    let (unused, one) = unused_and_used(used);
+    let rows = |rows: &[usize]| rows.iter().flat_map(|&n| [row(0, ins[0], n), (4, n..n + 1)]).collect();
+    let unused =
+        (!unused.is_empty()).then(|| hiding("unused rows of h and lse".into(), rows(&unused), vec![]));
+    let touched = |n| vec![row(0, outs[0], n), all(1, outs[1])];
+    let one = one.map(|n| hiding(format!("row {n} of h and lse"), rows(&[n]), touched(n)));
+    unused.into_iter().chain(one).collect()
 }

@@ -411,6 +411,17 @@ mod tests {
     }
 
     #[test]
+    fn the_yardstick_is_not_rounded() {
+        // To round is what a cast does.
+        for a in all(DType::Bf16).iter().filter(|a| a.op.name() != "cast") {
+            let wide = a.widened(DType::F64);
+            let floats = |specs: &[Spec]| specs.iter().any(|s| s.dtype.is_float());
+            let outs = if floats(&a.specs) { a.op.infer(&wide.specs).unwrap_or_default() } else { vec![] };
+            assert!(outs.iter().all(|s| !s.dtype.is_float() || s.dtype == DType::F64), "{a}: {outs:?}");
+        }
+    }
+
+    #[test]
     fn the_cpu_agrees_with_itself() {
         for a in [DType::F32, DType::Bf16].into_iter().flat_map(all) {
             let have = a.run(&mut cpu().unwrap()).unwrap();

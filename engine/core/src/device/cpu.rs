@@ -12,7 +12,6 @@ use crate::{
 };
 use half::bf16;
 use std::{
-    ptr::NonNull,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -132,11 +131,7 @@ impl CpuDevice {
         Ok(Bases {
             states: (0..plan.states.len()).map(|i| at(Segment::State(i))).collect::<Result<_>>()?,
             inputs: at(Segment::Input)?,
-            scratch: if plan.scratch_bytes > 0 {
-                at(Segment::Scratch)?
-            } else {
-                NonNull::<Line>::dangling().as_ptr().cast()
-            },
+            scratch: at(Segment::Scratch)?,
         })
     }
 }

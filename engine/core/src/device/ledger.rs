@@ -118,11 +118,12 @@ impl<B> Ledger<B> {
         Ok(PlanId(self.plans.len() - 1))
     }
 
-    /// Makes the arena so large. Where both do not fit at once, the old one goes first.
+    /// Makes the arena at least so large; it is there even where nothing needs a byte of it. Where both do not fit
+    /// at once, the old one goes first.
     fn grow(&mut self, bytes: usize, zeroed: &mut impl FnMut(usize, &str) -> Result<B>) -> Result<()> {
         const WHAT: &str = "the scratch arena";
         let have = self.scratch_bytes();
-        if bytes <= have {
+        if self.scratch.is_some() && bytes <= have {
             return Ok(());
         }
         self.moves += 1;
@@ -430,6 +431,14 @@ mod tests {
         assert!(ledger.moves() > moved, "its address may be another");
         let id = ledger.open(small, short).unwrap();
         assert_eq!(*ledger.block(id, Segment::Scratch).unwrap(), had);
+    }
+
+    #[test]
+    fn an_output_without_bytes_has_a_place() {
+        let mut ledger = Ledger::default();
+        let id = ledger.open(Arc::new(plan(0, 7)), |n, _| Ok(n)).unwrap();
+        let (_, offset, spec) = ledger.find(Place::Output(id, "y")).unwrap();
+        assert_eq!((offset, spec), (0, Spec::new([0], DType::F32)));
     }
 
     #[test]

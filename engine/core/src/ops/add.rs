@@ -176,7 +176,7 @@ impl Op for AddBwd {
             Repeat::Each(group) => (size(rows)?, size(group)?, width),
             Repeat::Tile => (1, size(dy.shape.rows() / rows.max(1))?, size(db.shape.numel())?),
         };
-        Ok(column_sums(dy.dtype, db.dtype, [groups, met, width], self.scale, on))
+        column_sums(dy.dtype, db.dtype, [groups, met, width], self.scale, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
@@ -190,19 +190,32 @@ const PART_ROWS: u32 = 128;
 const PART_BLOCKS: u32 = 4;
 
 /// The sums of the columns of `groups` matrices of `rows` rows.
-fn column_sums(from: DType, to: DType, [groups, rows, width]: [u32; 3], scale: f32, on: &Target) -> Kernels {
+fn column_sums(
+    from: DType,
+    to: DType,
+    extents: [u32; 3],
+    scale: f32,
+    on: &Target,
+) -> Result<Kernels, String> {
+    let [groups, rows, width] = extents;
     let lot = if width.is_multiple_of(lots::lot(&[from])) { lots::lot(&[from]) } else { 1 };
     let columns = groups * width.div_ceil(32 * lot);
     let parts = (on.sms * PART_BLOCKS / columns.max(1)).clamp(1, rows.div_ceil(PART_ROWS).max(1));
-    let sizes = [groups, rows, width].map(Arg::U32);
-    let args = [Arg::scratch(0), Arg::input(0)].into_iter().chain(sizes).collect();
-    let (entry, shared) = (format!("add_bwd_parts_{}", from.name()), lots::THREADS * (lot + 1) * 4);
-    let begin = Launch::kernel(entry, [columns, parts, 1], lots::THREADS, shared, args);
+    let pass = |entry, result, scale: Option<f32>| {
+        let args = [result, Arg::input(0)].into_iter().chain(extents.map(Arg::U32));
+        let args = args.chain(scale.map(Arg::F32)).collect();
+        Launch::kernel(entry, [columns, parts, 1], lots::THREADS, lots::THREADS * (lot + 1) * 4, args)
+    };
+    if parts == 1 {
+        let entry = format!("add_bwd_columns_{}", lots::suffix(from, to)?);
+        return Ok(lots::single(pass(entry, Arg::output(0), Some(scale))));
+    }
+    let begin = pass(format!("add_bwd_parts_{}", from.name()), Arg::scratch(0), None);
     let all = groups * width;
     let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(parts), Arg::U32(all), Arg::F32(scale)];
     let entry = format!("add_bwd_sum_{}", to.name());
     let finish = Launch::kernel(entry, [all.div_ceil(32), 1, 1], lots::THREADS, 0, args);
-    Kernels { scratch: vec![parts as usize * all as usize * 4], launches: vec![begin, finish] }
+    Ok(Kernels { scratch: vec![parts as usize * all as usize * 4], launches: vec![begin, finish] })
 }
 
 impl AddBwd {
@@ -242,14 +255,15 @@ pub(super) fn cases() -> Vec<Case> {
         let build = |g: &mut Graph, x: &[Tensor]| vec![g.add_into(x[0], x[1])];
         Case::new("add", format!("in place, {n}x{c}"), build).normal([n, c]).normal([n, c])
     };
-    let mixed = |n: usize, c: usize, wide: bool| {
-        let build = |g: &mut Graph, x: &[Tensor]| vec![g.add_scaled(x[0], x[1], 0.75, Repeat::None)];
-        let case = Case::new("add", format!("{n}x{c}, wide operand {wide}"), build);
-        let one = |case: Case, wide: bool| match wide {
-            true => case.single([n, c], Fill::Normal(1.0)),
-            false => case.normal([n, c]),
+    // One operand is f32 whatever is stored otherwise.
+    let mixed = |a: [usize; 2], b: [usize; 2], repeat: Repeat, wide: bool| {
+        let build = move |g: &mut Graph, x: &[Tensor]| vec![g.add_scaled(x[0], x[1], 0.75, repeat)];
+        let name = format!("{}x{}, {repeat:?}, wide operand {wide}", a[0], a[1]);
+        let one = |case: Case, shape: [usize; 2], wide: bool| match wide {
+            true => case.single(shape, Fill::Normal(1.0)),
+            false => case.normal(shape),
         };
-        one(one(case, wide), !wide)
+        one(one(Case::new("add", name, build), a, wide), b, !wide)
     };
     let mut cases = vec![
         repeated("7x13", [7, 13], [7, 13], 1.0, Repeat::None),
@@ -257,8 +271,8 @@ pub(super) fn cases() -> Vec<Case> {
         repeated("each row for 4", [12, 5], [3, 5], 1.0, Repeat::Each(4)),
         repeated("tile of 4", [12, 5], [4, 5], -0.5, Repeat::Tile),
         in_place(3, 5),
-        mixed(3, 7, true),
-        mixed(3, 7, false),
+        mixed([3, 7], [3, 7], Repeat::None, true),
+        mixed([3, 7], [3, 7], Repeat::None, false),
     ];
     // Lengths that leave a rest of every kind, that fill the grid of a machine, and that wrap it.
     for (n, c) in [(1, 8), (5, 9), (17, 24), (31, 67), (257, 264), (1021, 512)] {
@@ -266,7 +280,12 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(in_place(n, c).large());
     }
     cases.push(repeated("2207x1031", [2207, 1031], [2207, 1031], -2.0, Repeat::None).large());
-    cases.extend([(29, 40, true), (29, 40, false), (41, 17, true)].map(|(n, c, w)| mixed(n, c, w).large()));
+    for (n, c, wide) in [(29, 40, true), (29, 40, false), (41, 17, true)] {
+        cases.push(mixed([n, c], [n, c], Repeat::None, wide).large());
+    }
+    for (n, wide) in [(35, true), (35, false), (1290, true), (1290, false)] {
+        cases.push(mixed([n, 24], [5, 24], Repeat::Each(n / 5), wide).large());
+    }
     // Rows of b, times that each is met, columns: sums within one block, over parts, and over groups.
     for (rows, times, c) in [
         (1, 7, 8),
@@ -282,6 +301,36 @@ pub(super) fn cases() -> Vec<Case> {
         let each = format!("{rows}x{c}, each {times} times");
         cases.push(repeated(&each, a, b, 1.5, Repeat::Each(times)).large());
         cases.push(repeated(&format!("{rows}x{c}, tiled {times} times"), a, b, 1.0, Repeat::Tile).large());
+    }
+    // And each way in turn: columns that are no whole lots or blocks of them, rows around those of a part.
+    for (i, (rows, times, c)) in [
+        (1, 2, 1),
+        (2, 2, 8),
+        (2, 3, 7),
+        (57, 16, 192),
+        (3, 31, 32),
+        (5, 64, 40),
+        (11, 17, 48),
+        (1, 127, 264),
+        (1, 128, 136),
+        (1, 129, 128),
+        (1, 257, 65),
+        (4, 31, 56),
+        (9, 11, 13),
+        (17, 2, 256),
+        (23, 8, 17),
+        (29, 4, 72),
+        (31, 9, 33),
+        (37, 3, 120),
+        (1, 521, 520),
+        (2, 300, 260),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let repeat = if i % 2 == 0 { Repeat::Tile } else { Repeat::Each(times) };
+        let name = format!("{rows}x{c}, {repeat:?}");
+        cases.push(repeated(&name, [rows * times, c], [rows, c], 1.25, repeat).large());
     }
     cases
 }

@@ -116,6 +116,7 @@ pub(super) fn cases() -> Vec<Case> {
     let more =
         [(1, 1024), (1, 1025), (31, 67), (64, 96), (127, 33), (251, 88), (509, 61), (1021, 257), (3, 8191)];
     let more = more.into_iter().chain([(1201, 768), (2207, 1031)]);
+    let more = more.chain([(1, 7), (1, 9), (17, 2), (23, 12), (41, 41), (61, 129), (131, 520)]);
     let sizes = sizes.into_iter().chain(more).map(|(n, c)| widened(n, c).large());
     let mut cases = vec![
         copy(3, 7),

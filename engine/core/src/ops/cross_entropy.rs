@@ -186,7 +186,22 @@ impl Op for CrossEntropyBwd {
                         simd!(logits_gradient(dz, v, &targets[at..], &lse[at..], scale));
                         matmul_rows(dh, Mat::new(dz, m, v), w, false, self.precision, cpu);
                     });
-                    matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true, self.precision, cpu);
+                    let mut add = |h: &[T]| {
+                        matmul(dw, Mat::new(dz, n, v).t(), Mat::new(h, n, c), true, self.precision, cpu);
+                    };
+                    if targets.iter().all(|&t| used(t, v).is_some()) {
+                        return add(h);
+                    }
+                    // What stands in an unused row may be no number, and zero times that is none either.
+                    cpu.scratch(n * c, |kept: &mut [T]| {
+                        for ((kept, h), &t) in kept.chunks_mut(c).zip(h.chunks(c)).zip(targets) {
+                            kept.copy_from_slice(h);
+                            if used(t, v).is_none() {
+                                kept.fill(T::ZERO);
+                            }
+                        }
+                        add(kept);
+                    });
                 });
             }
         });
@@ -239,6 +254,14 @@ pub(super) fn cases() -> Vec<Case> {
         case("another count", 131, 8, 37, &[0, 5, 36, -1, 7], 40.0),
         case("nothing counted", 3, 4, 8, &[-1], 0.0),
         case("few used, whole vectors", 19, 8, 16, &[3, -1, 15, 0, 16, -7], 9.0),
+        // Rows without a target hold no numbers at all.
+        Case::new("cross_entropy", "unused rows hold NaN", |g, x| {
+            vec![g.cross_entropy(x[0], x[1], x[2], x[3])]
+        })
+        .floats([6, 8], Fill::Values([[0.5; 8], [f64::NAN; 8], [-1.5; 8]].concat()))
+        .normal([11, 8])
+        .ints([6], &[3, -1, 10, 0, 11, 7])
+        .constant([1], Fill::Values(vec![4.0])),
     ];
     // Odd and prime rows and vocabularies, every edge of a tile, of a row's vectors and of its lanes, and more rows
     // than one chunk has.

@@ -70,7 +70,32 @@ pub(super) fn cases() -> Vec<Case> {
     let sizes =
         [(3, 5), (1, 1), (1, 7), (1, 8), (5, 9), (31, 33), (64, 64), (127, 61), (509, 257), (2207, 1031)];
     let floats = [DType::F32, DType::Bf16, DType::I32];
-    let patterns = sizes.into_iter().flat_map(|(n, c)| floats.map(|dtype| case(-2.375, n, c, dtype)));
+    // Around a lot, a warp's lots and a block's, and beyond a small machine's grid.
+    let more = [
+        (2, 3),
+        (1, 9),
+        (1, 15),
+        (1, 16),
+        (1, 17),
+        (3, 11),
+        (7, 7),
+        (13, 13),
+        (17, 8),
+        (19, 24),
+        (23, 1),
+        (29, 31),
+        (1, 2047),
+        (1, 2048),
+        (1, 2049),
+        (37, 128),
+        (61, 67),
+        (97, 101),
+        (131, 264),
+        (257, 255),
+        (1021, 33),
+    ];
+    let patterns =
+        sizes.into_iter().chain(more).flat_map(|(n, c)| floats.map(|dtype| case(-2.375, n, c, dtype)));
     // The same byte everywhere.
     let bytes =
         [(0.0, DType::F32), (0.0, DType::Bf16), (-1.0, DType::I32), (7.0, DType::U8), (0.0, DType::I32)];

@@ -206,7 +206,9 @@ pub(super) fn cases() -> Vec<Case> {
         .large()
     });
     // And with a gradient.
-    let trained = [(3, 40), (7, 515), (61, 192), (1021, 16)].map(|(images, numel)| {
+    let trained =
+        [(3, 40), (7, 515), (61, 192), (1021, 16), (1, 7), (2, 9), (11, 33), (13, 256), (17, 1), (131, 67)];
+    let trained = trained.map(|(images, numel)| {
         Case::new("mse", format!("{images} of {numel}, trained"), |g, x| {
             let target = g.cast(x[1], g.spec(x[0]).dtype);
             vec![g.mse(x[0], target, x[2], x[3]).0]

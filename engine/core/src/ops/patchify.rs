@@ -225,6 +225,10 @@ pub(super) fn cases() -> Vec<Case> {
         (5, 3, 16),
         (2, 11, 7),
         (7, 13, 4),
+        // Runs of odd numbers of vectors, and two of two neighbours that are more than a warp moves at once.
+        (2, 4, 3),
+        (5, 6, 1),
+        (1, 2, 9),
     ];
     let large = shapes.into_iter().flat_map(|(images, side, channels)| {
         [1, 2, 4, 8].into_iter().flat_map(move |k| {

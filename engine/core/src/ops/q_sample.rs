@@ -27,7 +27,7 @@ struct QSample {
 }
 
 impl Graph {
-    /// `(x_t, target)` as `to`, from images `x [I, ..]` and coefficients `(a, b, c, d)` `[I, 4]`.
+    /// `(x_t, target)` as `to` (f64 in an f64 graph), from images `x [I, ..]` and coefficients `(a, b, c, d)` `[I, 4]`.
     #[track_caller]
     pub fn q_sample(&mut self, x: Tensor, coefficients: Tensor, noise: Noise, to: DType) -> [Tensor; 2] {
         match noise {
@@ -66,7 +66,8 @@ impl Op for QSample {
         } else if ins[2].shape != x.shape {
             return Err(format!("noise {:?} is not of the images' shape {x:?}", ins[2]));
         }
-        Ok(vec![Spec::new(x.shape, self.to); 2])
+        let to = if x.dtype == DType::F64 { DType::F64 } else { self.to };
+        Ok(vec![Spec::new(x.shape, to); 2])
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
@@ -174,6 +175,8 @@ pub(super) fn cases() -> Vec<Case> {
         (6, 1024),
         (3, 4099),
         (61, 192),
+        (13, 257),
+        (17, 2),
     ];
     for (images, numel) in sizes.into_iter().chain([(2, 12_288), (601, 64), (1, 300_007)]) {
         for single in [false, true] {

@@ -275,6 +275,8 @@ pub(super) fn cases() -> Vec<Case> {
         (521, 2, 1, 128),
         (1031, 6, 2, 8),
         (4513, 6, 1, 64),
+        (73, 7, 7, 24),
+        (83, 10, 2, 48),
     ];
     let name = |(n, heads, kv_heads, width)| format!("{n} rows of {heads} + {kv_heads} heads of {width}");
     let large = shapes.map(|s| case(name(s), s.0, s.1, s.2, s.3).large());

@@ -16,8 +16,8 @@ struct SinePositions {
 }
 
 impl Graph {
-    /// `[I, width]` of `dtype`: the embedding of each of the noise levels `times [I]` (f32, or f64 in an
-    /// f64 graph): `width / 2` cosines, then as many sines.
+    /// `[I, width]` of `dtype`: the embedding of each of the noise levels `times [I]` (f32; in an f64 graph
+    /// both are f64): `width / 2` cosines, then as many sines.
     #[track_caller]
     pub fn time_embedding(&mut self, times: Tensor, width: usize, dtype: DType) -> Tensor {
         self.push::<1>(TimeEmbedding { width, dtype }, &[times])[0]
@@ -61,7 +61,8 @@ impl Op for TimeEmbedding {
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         let [times] = operands(ins)?;
-        let y = Spec::new([times.shape.numel(), self.width], self.dtype);
+        let dtype = if times.dtype == DType::F64 { DType::F64 } else { self.dtype };
+        let y = Spec::new([times.shape.numel(), self.width], dtype);
         floats(&[times, y])?;
         if times.dtype == DType::Bf16 {
             return Err(format!("{times:?} is too coarse for noise levels; use f32"));
@@ -84,12 +85,12 @@ impl Op for TimeEmbedding {
     }
 
     fn kernels(&self, _: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-        let entry = format!("time_embedding_fwd_{}", lots::suffix(self.dtype, self.dtype)?);
+        let entry = format!("time_embedding_fwd_{}", lots::suffix(outs[0].dtype, outs[0].dtype)?);
         let waves = size(outs[0].shape.numel())? / 2;
         let sizes = [waves, size(self.width)?].map(Arg::U32);
         let args =
             [Arg::output(0), Arg::input(0)].into_iter().chain(sizes).chain([ratio(self.width / 2)]).collect();
-        let lot = lots::lot(&[self.dtype]);
+        let lot = lots::lot(&[outs[0].dtype]);
         let lot = if (self.width / 2).is_multiple_of(lot as usize) { lot } else { 1 };
         Ok(lots::single(lots::over(entry, waves, lot, on, args)))
     }
@@ -183,6 +184,9 @@ pub(super) fn cases() -> Vec<Case> {
         (37, 72),
         (53, 96),
         (71, 200),
+        (1, 2048),
+        (7, 4),
+        (83, 130),
     ];
     let levels =
         levels.into_iter().chain(more).map(|(n, width)| times(format!("{n}x{width}"), n, width).large());
@@ -216,6 +220,9 @@ pub(super) fn cases() -> Vec<Case> {
         (31, 52),
         (37, 16),
         (41, 20),
+        (1, 4),
+        (21, 12),
+        (43, 68),
     ];
     let grids = grids
         .into_iter()

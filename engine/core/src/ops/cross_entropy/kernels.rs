@@ -77,11 +77,18 @@ impl Problem {
         Ok(copy)
     }
 
-    /// The pass over the logits of `n` rows.
-    fn over_rows(&self, pass: &str, mut args: Vec<Arg>, n: usize, on: &Target) -> Result<Launch, String> {
+    /// The pass over the logits of `n` rows; `more` are sizes that it takes besides theirs.
+    fn over_rows(
+        &self,
+        pass: &str,
+        mut args: Vec<Arg>,
+        n: usize,
+        more: &[usize],
+        on: &Target,
+    ) -> Result<Launch, String> {
         let (variant, together) = if self.padded <= NARROW { ("narrow", 8) } else { ("wide", 1) };
-        for extent in [n, self.vocabulary, self.padded] {
-            args.push(Arg::size(extent)?);
+        for extent in [n, self.vocabulary, self.padded].iter().chain(more) {
+            args.push(Arg::size(*extent)?);
         }
         let blocks = size(n)?.div_ceil(together).min(on.sms * BLOCKS);
         let entry = format!("cross_entropy_{pass}_rows_{variant}_bf16");
@@ -115,7 +122,7 @@ pub(super) fn forward(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
         kernels.launches.extend(product(logits.clone(), h, w.clone(), p.extents(n), on)?);
         let lse = from_row(Operand::Out(1), at, 4);
         let args = vec![lse, from_row(each, at, 4), logits.clone(), from_row(Operand::In(2), at, 4)];
-        kernels.launches.push(p.over_rows("fwd", args, n, on)?);
+        kernels.launches.push(p.over_rows("fwd", args, n, &[], on)?);
     }
     let args = vec![Arg::output(0), whole(each), Arg::input(3), Arg::size(p.rows)?];
     kernels.launches.push(Launch::kernel("cross_entropy_fwd_sum_f32", [1; 3], THREADS, 0, args));
@@ -148,14 +155,15 @@ pub(super) fn backward(
     for (at, n) in chunks {
         let h = from_row(Operand::In(0), at, p.width * 2);
         kernels.launches.extend(product(logits.clone(), h.clone(), w.clone(), p.extents(n), on)?);
-        let [targets, lse] = [2, 4].map(|i| from_row(Operand::In(i), at, 4));
-        let args = vec![logits.clone(), targets, lse, Arg::input(3), Arg::input(5)];
-        kernels.launches.push(p.over_rows("bwd", args, n, on)?);
         let dh = from_row(Operand::Out(0), at, p.width * 2);
-        kernels.launches.extend(input_gradient(dh, logits.clone(), w.clone(), p.extents(n), on)?);
-        let (bytes, launches) = weight_gradient(&dw, logits.clone(), h, p.extents(n), on)?;
+        let [targets, lse] = [2, 4].map(|i| from_row(Operand::In(i), at, 4));
+        // Before dh is made, its place holds h without its unused rows.
+        let args = vec![logits.clone(), dh.clone(), targets, lse, Arg::input(3), Arg::input(5), h];
+        kernels.launches.push(p.over_rows("bwd", args, n, &[p.width], on)?);
+        let (bytes, launches) = weight_gradient(&dw, logits.clone(), dh.clone(), p.extents(n), on)?;
         kernels.scratch[1] = kernels.scratch[1].max(bytes);
         kernels.launches.extend(launches);
+        kernels.launches.extend(input_gradient(dh, logits.clone(), w.clone(), p.extents(n), on)?);
         dw.accumulate = true;
     }
     if !direct {
