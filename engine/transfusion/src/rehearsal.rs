@@ -1,7 +1,7 @@
 //! One training step laid open: its programs, each with every number that it reads. For those who run a step
 //! op by op, to see where a device leaves the CPU or what its kernels move.
 use crate::{
-    batch::{Batch, PackOptions, Packer},
+    batch::{Batch, Geometry, PackOptions, Packer, PairOrder},
     data::{
         Document, Documents, Part, Shared,
         shapes::{self, Shapes, Split},
@@ -9,7 +9,7 @@ use crate::{
     diffusion,
     engine::{Engine, Program, cpu},
     error::Result,
-    model::{Capacity, LossOptions},
+    model::LossOptions,
     run::{DataOptions, RunConfig, geometry},
     train::{Trainer, feed, seed_words},
 };
@@ -17,6 +17,7 @@ use std::{collections::HashMap, sync::Arc};
 use transfusion_core::{
     device::Place,
     graph::{Graph, Role},
+    random::{Purpose, Stream},
     tensor::{Host, Tensor},
 };
 
@@ -34,20 +35,22 @@ pub struct Scene {
     pub given: HashMap<Tensor, Host>,
 }
 
-/// The first training step of a model with weights drawn under `seed`, on one micro-batch of the built-in
-/// shapes (of their captions, for a model without images), at the full learning rate: the loss with its
-/// gradient, and the update. It is run on the CPU, with all its memory.
+/// The first training step of a model with weights drawn under `seed`, on one micro-batch, at the full learning
+/// rate: the loss with its gradient, and the update. It is run on the CPU, with all its memory.
 ///
 /// # Errors
-/// If the configuration makes no sense, or memory is short.
-pub fn training_step(config: &RunConfig, seed: u64) -> Result<[Scene; 2]> {
+/// If the configuration makes no sense, no document fits into a row, or memory is short.
+pub fn training_step(config: &RunConfig, packing: Packing, seed: u64) -> Result<[Scene; 2]> {
     let data = DataOptions { paths: vec!["shapes".into()], ..config.data.clone() };
-    RunConfig { data, ..config.clone() }.check()?;
+    match packing {
+        Packing::Shapes => RunConfig { data, ..config.clone() }.check()?,
+        Packing::Equal(_) => config.model.check()?,
+    }
     let train = config.train.clone();
     let engine = Engine::initialised(config.model.clone(), cpu(0)?, seed)?;
     let trainer = Trainer::new(engine, train.clone())?;
     let (capacity, mut engine) = (trainer.capacity(), trainer.into_engine());
-    let batch = batch(config, capacity, seed)?;
+    let batch = batch(config, packing, seed)?;
     let loss = Program::Loss(capacity, LossOptions::TRAIN);
     let plan = engine.open(loss)?;
     feed(&mut engine, plan, &batch, [batch.text_count, batch.image_count])?;
@@ -81,18 +84,75 @@ fn scene(engine: &mut Engine, name: &'static str, program: Program) -> Result<Sc
     Ok(Scene { name, graph, given })
 }
 
-fn batch(config: &RunConfig, capacity: Capacity, seed: u64) -> Result<Batch> {
+/// What the rows of a rehearsal hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// The built-in shapes, or for a model without images their captions, packed as in training. Not for models of
+    /// latents.
+    Shapes,
+    /// So many documents of equal length in every row, filled with sentences and, where the model has images,
+    /// as many of those as fit between them. A single document of text alone is a window of a longer one.
+    /// Latents are normal numbers.
+    Equal(usize),
+}
+
+/// A micro-batch as a step of `config` reads it.
+///
+/// # Errors
+/// If no document fits into a row.
+pub fn batch(config: &RunConfig, packing: Packing, seed: u64) -> Result<Batch> {
+    let capacity = config.train.capacity(&config.model);
     let geometry = geometry(&config.model, capacity);
-    let source: Shared = match config.model.image() {
-        Some(_) => Arc::new(Shapes { seed, split: Split::Train, count: None }),
-        None => Arc::new(captions(seed)),
+    // Pictures have three channels; latents, which have others, take their places afterwards.
+    let pictures = match packing {
+        Packing::Shapes => geometry,
+        Packing::Equal(_) => Geometry { channels: 3, ..geometry },
+    };
+    let source: Shared = match (packing, config.model.image()) {
+        (Packing::Shapes, Some(_)) => Arc::new(Shapes { seed, split: Split::Train, count: None }),
+        (Packing::Shapes, None) => Arc::new(captions(seed)),
+        (Packing::Equal(n), _) => Arc::new(Documents::new(vec![equal(&pictures, n, seed)], "sentences")),
+    };
+    let options = match packing {
+        Packing::Shapes => PackOptions::default(),
+        Packing::Equal(_) => {
+            PackOptions { order: PairOrder::AsGiven, condition_drop: 0.0, ..PackOptions::default() }
+        }
     };
     let objective = config.model.image().map(|i| i.objective);
     let coefficients = |t: f32| objective.map_or([0.0; 4], |o| diffusion::coefficients(o, t));
-    let mut batch = Batch::new(geometry);
-    let options = PackOptions::default();
-    Packer::new(source, config.model.tokens(), geometry, options, seed)?.fill(&mut batch, &coefficients);
+    let mut batch = Batch::new(pictures);
+    Packer::new(source, config.model.tokens(), pictures, options, seed)?.fill(&mut batch, &coefficients);
+    if geometry != pictures {
+        batch.geometry = geometry;
+        batch.images = vec![0.0; geometry.images * geometry.values()];
+        Stream::new(seed, Purpose::Data, 0).fill_normal(0, &mut batch.images);
+    }
     Ok(batch)
+}
+
+/// A document that takes one `n`th of a row.
+fn equal(g: &Geometry, n: usize, seed: u64) -> Document {
+    const SENTENCE: &[u8] = b"The quick brown fox jumps over the lazy dog. ";
+    let positions = g.positions / n.max(1);
+    let sentences = |bytes: usize| Part::Text(SENTENCE.iter().copied().cycle().take(bytes).collect());
+    if g.images == 0 {
+        let stream = n <= 1;
+        let bytes = if stream { positions + 1 } else { positions.saturating_sub(2) };
+        return Document { parts: vec![sentences(bytes)], stream };
+    }
+    let (mut left, mut parts) = (positions.saturating_sub(2), Vec::new());
+    let mut images = g.images / (n.max(1) * g.rows);
+    let span = g.patches() + 2;
+    while images > 0 && left >= span + 1 {
+        let text = SENTENCE.len().min(left - span);
+        let (_, picture) = shapes::example(seed, Split::Train, images as u64);
+        parts.extend([sentences(text), Part::Image(Arc::new(picture))]);
+        left -= text + span;
+        images -= 1;
+    }
+    parts.push(sentences(left));
+    Document { parts, stream: false }
 }
 
 fn captions(seed: u64) -> Documents {
@@ -114,7 +174,7 @@ mod tests {
         {
             config.set(key, value).unwrap();
         }
-        training_step(&config, 3).unwrap()
+        training_step(&config, Packing::Shapes, 3).unwrap()
     }
 
     fn largest(scene: &Scene, role: Role, name: &str) -> f64 {
