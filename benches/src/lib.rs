@@ -11,7 +11,9 @@ pub mod machine;
 pub mod folder;
 pub mod peer;
 pub mod row;
+pub mod contest;
 pub mod step;
+pub mod sample;
 
 pub use error::{Error, Result};
 

@@ -13,9 +13,10 @@ use std::{
 };
 
 /// The scripts, which travel inside this program.
-const SCRIPTS: [(&str, &str); 8] = [
+const SCRIPTS: [(&str, &str); 9] = [
     ("attention.py", include_str!("../torch/attention.py")),
     ("clock.py", include_str!("../torch/clock.py")),
+    (COLD, include_str!("../torch/cold.py")),
     ("model.py", include_str!("../torch/model.py")),
     ("ops.py", include_str!("../torch/ops.py")),
     ("peer.py", include_str!("../torch/peer.py")),
@@ -24,6 +25,9 @@ const SCRIPTS: [(&str, &str); 8] = [
     ("tensors.py", include_str!("../torch/tensors.py")),
 ];
 
+/// The script that is a process of its own: a cold start.
+pub const COLD: &str = "cold.py";
+
 /// A conversation.
 #[derive(Debug)]
 pub struct Peer {
@@ -31,7 +35,8 @@ pub struct Peer {
     /// Closed first: then the process ends by itself.
     requests: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
-    python: PathBuf,
+    /// The interpreter.
+    pub python: PathBuf,
     /// What it writes to stderr.
     log: PathBuf,
     folder: Folder,

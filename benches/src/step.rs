@@ -1,10 +1,11 @@
 //! A whole training step, beside PyTorch's on the same weights and the same batch.
 use crate::{
+    contest::{self, Opponent, apart},
     error::{Error, Result},
     machine::Machine,
     peer::{Peer, numbers, words},
     row::Row,
-    statistics::{Schedule, alternate, median},
+    statistics::Schedule,
 };
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -115,110 +116,37 @@ impl Step {
     }
 }
 
-/// The other side of a step.
-struct Theirs<'a> {
-    peer: &'a mut Peer,
-    /// The fastest variant, which is prepared.
-    variant: String,
-    others: std::collections::BTreeMap<String, f64>,
-    /// How far its losses and norms are from ours at most.
-    apart: f64,
+/// Hands weights and batch to the other side; its variants.
+fn prepare(peer: &mut Peer, step: &mut Step) -> Result<Vec<String>> {
+    let config = &step.config;
+    let folder = peer.folder();
+    let exported = folder.path().join("weights");
+    let _ = std::fs::remove_dir_all(&exported);
+    hf::export(step.trainer.engine(), &exported)?;
+    let batch = folder.batch("batch.safetensors", &step.batch, &config.train)?;
+    let asked = json!({
+        "do": "step.prepare", "config": &config.model, "train": &config.train, "batch": batch,
+        "weights": exported.join("model.safetensors"), "dtype": config.model.dtype().name(),
+        "device": peer.device,
+    });
+    words(&peer.ask(asked)?, "variants")
 }
 
-impl<'a> Theirs<'a> {
-    /// Hands weights and batch over, checks every variant against our first steps, and keeps the fastest. `wanted`
-    /// leaves only one.
-    fn new(
-        peer: &'a mut Peer,
-        step: &mut Step,
-        wanted: Option<&str>,
-        note: &mut dyn FnMut(String),
-        cancel: Cancel<'_>,
-    ) -> Result<Theirs<'a>> {
-        let config = step.config.clone();
-        let folder = peer.folder();
-        let exported = folder.path().join("weights");
-        let _ = std::fs::remove_dir_all(&exported);
-        hf::export(step.trainer.engine(), &exported)?;
-        let batch = folder.batch("batch.safetensors", &step.batch, &config.train)?;
-        let dtype = config.model.dtype().name();
-        let asked = json!({
-            "do": "step.prepare", "config": &config.model, "train": &config.train, "dtype": dtype,
-            "weights": exported.join("model.safetensors"), "batch": batch, "device": peer.device,
-        });
-        let mut variants = words(&peer.ask(asked)?, "variants")?;
-        if let Some(wanted) = wanted {
-            if !variants.iter().any(|v| v == wanted) {
-                let known = variants.join("; ");
-                return Err(Error::peer(format!("PyTorch has no variant {wanted:?} here"))
-                    .with_remedy(format!("the variants are: {known}")));
-            }
-            variants = vec![wanted.into()];
-        }
-        let rates: Vec<f64> = (0..CHECKED as u64).map(|i| config.train.learning_rate(i)).collect();
-        let ours: Vec<(f64, f64)> = (0..CHECKED).map(|_| step.take()).collect::<Result<_>>()?;
-        let mut theirs = Theirs { peer, variant: String::new(), others: Default::default(), apart: 0.0 };
-        let mut refusals = Vec::new();
-        for variant in &variants {
-            cancel.check()?;
-            note(format!("PyTorch: {variant} (checked against ours first; compiling takes a while)"));
-            match theirs.trial(variant, &rates, &ours, tolerance(dtype)) {
-                Ok(ms) => {
-                    theirs.others.insert(variant.clone(), ms);
-                }
-                Err(Error::Peer { what, .. }) => {
-                    note(format!("left out: {what}"));
-                    refusals.push(what);
-                }
-                Err(e) => return Err(e),
-            }
-        }
-        let fastest = theirs.others.iter().min_by(|a, b| a.1.total_cmp(b.1)).map(|(v, _)| v.clone());
-        let Some(fastest) = fastest else {
-            let why = refusals.first().cloned().unwrap_or_default();
-            return Err(Error::peer(format!("no variant of PyTorch can be measured; the first: {why}")));
-        };
-        theirs.apart = theirs.check(&fastest, &rates, &ours, tolerance(dtype))?;
-        theirs.peer.ask(json!({ "do": "step.time", "seconds": TRIAL }))?;
-        theirs.others.remove(&fastest);
-        theirs.variant = fastest;
-        Ok(theirs)
-    }
-
-    /// Checks a variant, and times it for a moment.
-    fn trial(&mut self, variant: &str, rates: &[f64], ours: &[(f64, f64)], tolerance: f64) -> Result<f64> {
-        self.check(variant, rates, ours, tolerance)?;
-        // What is compiled at the first step, or at the second, is not timed.
-        self.peer.ask(json!({ "do": "step.time", "seconds": 0.0 }))?;
-        Ok(median(&self.block(TRIAL)?))
-    }
-
-    /// How far the first steps of a variant are from ours.
-    fn check(&mut self, variant: &str, rates: &[f64], ours: &[(f64, f64)], tolerance: f64) -> Result<f64> {
-        let told = self.peer.ask(json!({ "do": "step.check", "variant": variant, "rates": rates }))?;
-        let (losses, norms) = (numbers(&told, "losses")?, numbers(&told, "norms")?);
-        let apart = |a: f64, b: f64| (a - b).abs() / a.abs().max(1e-12);
-        let each = ours.iter().zip(losses.iter().zip(&norms));
-        let worst = each.map(|((l, n), (tl, tn))| apart(*l, *tl).max(apart(*n, *tn) / 10.0));
-        let worst = worst.fold(0.0, |a: f64, b| if b > a || b.is_nan() { b } else { a });
-        if losses.len() != ours.len() || norms.len() != ours.len() || !(worst <= tolerance) {
-            let said: Vec<String> =
-                losses.iter().zip(&norms).map(|(l, n)| format!("{l:.6} ({n:.4})")).collect();
-            let have: Vec<String> = ours.iter().map(|(l, n)| format!("{l:.6} ({n:.4})")).collect();
-            let (said, have) = (said.join(", "), have.join(", "));
-            return Err(Error::peer(format!("{variant}: losses (and gradient norms) {said}, ours {have}")));
-        }
-        Ok(worst)
-    }
-
-    fn block(&mut self, seconds: f64) -> Result<Vec<f64>> {
-        numbers(&self.peer.ask(json!({ "do": "step.time", "seconds": seconds }))?, "ms")
+/// The variant that was asked for alone, where there is one.
+fn only(variants: Vec<String>, wanted: Option<&str>) -> Result<Vec<String>> {
+    match wanted {
+        None => Ok(variants),
+        Some(wanted) if variants.iter().any(|v| v == wanted) => Ok(vec![wanted.into()]),
+        Some(wanted) => Err(Error::peer(format!("PyTorch has no variant {wanted:?} here"))
+            .with_remedy(format!("the variants are: {}", variants.join("; ")))),
     }
 }
 
-/// How far losses may be apart, relative; gradient norms ten times that.
-fn tolerance(dtype: &str) -> f64 {
-    if dtype == "bf16" { 1e-2 } else { 1e-4 }
+/// How far losses are from ours, and gradient norms, which count a tenth.
+fn judge(ours: &[(f64, f64)], told: &serde_json::Value) -> Result<f64> {
+    let (losses, norms) = (numbers(told, "losses")?, numbers(told, "norms")?);
+    let (our_losses, our_norms): (Vec<f64>, Vec<f64>) = ours.iter().copied().unzip();
+    Ok(apart(&our_losses, &losses).max(apart(&our_norms, &norms) / 10.0))
 }
 
 /// Measures a step, beside PyTorch's where there is one. `variant` is the other side's only one.
@@ -234,32 +162,37 @@ pub fn measure(
     note: &mut dyn FnMut(String),
     cancel: Cancel<'_>,
 ) -> Result<Row> {
-    let mut theirs = match peer {
-        Some((peer, variant)) => Some(Theirs::new(peer, &mut step, variant, note, cancel)?),
+    let (dtype, train) = (step.config.model.dtype().name(), step.config.train.clone());
+    let asked = match peer {
+        Some((peer, variant)) => {
+            note("PyTorch's variants are compiled, and checked against ours: that takes a while".into());
+            let variants = only(prepare(peer, &mut step)?, variant)?;
+            Some((peer, variants))
+        }
         None => None,
     };
-    // The first steps take memory and raise clocks.
-    (0..3).try_for_each(|_| step.take().map(drop))?;
-    note(format!("{preset}: {} rounds of {} s a side", schedule.rounds, schedule.seconds));
-    let pair = match &mut theirs {
-        Some(theirs) => alternate(schedule, &mut |s| step.block(s), Some(&mut |s| theirs.block(s)), cancel)?,
-        None => alternate(schedule, &mut |s| step.block(s), None, cancel)?,
-    };
-    let mut row = Row {
+    // The first steps also take memory and raise clocks.
+    let ours: Vec<(f64, f64)> = (0..CHECKED).map(|_| step.take()).collect::<Result<_>>()?;
+    let rates: Vec<f64> = (0..CHECKED as u64).map(|i| train.learning_rate(i)).collect();
+    let judge = |told: &serde_json::Value| judge(&ours, told);
+    let opponent = asked.map(|(peer, variants)| Opponent {
+        peer,
+        variants,
+        build: json!({ "do": "step.build", "rates": rates }),
+        judge: &judge,
+        tolerance: if dtype == "bf16" { 1e-2 } else { 1e-4 },
+        time: json!({ "do": "step.time" }),
+        trial: TRIAL,
+    });
+    let row = Row {
         preset: preset.into(),
-        dtype: step.config.model.dtype().name().into(),
+        dtype: dtype.into(),
         shape: step.shape(),
-        ..Row::new(machine, "step", "training step").timed(&pair)
+        unit: Some("tokens/s".into()),
+        ..Row::new(machine, "step", "training step")
     };
-    let (work, least) = (step.work()?, step.least(machine)?);
-    row = row.rated(work, least, machine);
+    let row = contest::measure(row, &mut |s| step.block(s), opponent, schedule, note, cancel)?;
+    let mut row = row.rated(step.work()?, step.least(machine)?, machine);
     row.rate = row.ms.map(|ms| step.batch.used() as f64 / ms * 1e3);
-    row.unit = Some("tokens/s".into());
-    if let Some(theirs) = theirs {
-        row.torch = Some(theirs.peer.version.clone());
-        row.torch_variant = Some(theirs.variant);
-        row.others = theirs.others;
-        row.apart = Some(theirs.apart);
-    }
     Ok(row)
 }

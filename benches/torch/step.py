@@ -90,7 +90,7 @@ class Step:
         self.compile = self.compiler()
         self.loss = self.compile(loss_of)
         self.attend = self.attention()
-        self.reset()
+        self.build()
 
     def compiler(self):
         if "eager" in self.words:
@@ -109,8 +109,8 @@ class Step:
             return lambda: attention.flex(blocks(), self.grouped)
         return lambda: attention.sdpa(b.row_start, b.row_end, keys, b.causal, self.grouped)
 
-    def reset(self):
-        """Back to the exported weights."""
+    def build(self):
+        """A model with the exported weights, and its optimiser."""
         bf16 = {name: w.bfloat16() for name, w in self.weights.items()} if self.master else self.weights
         self.model = Model(self.config, bf16).to(self.device)
         self.parameters = list(self.model.parameters())
@@ -128,7 +128,9 @@ class Step:
             for m in self.masters:
                 m.grad = torch.zeros_like(m)
         self.means = [p.detach().float().clone() for p in self.masters] if t["ema"] > 0 else []
-        self.captured, self.taken = None, 0
+        graph = "graph" in self.words
+        self.first = [x.detach().clone() for x in (*self.parameters, *self.masters, *self.means)] if graph else []
+        self.replay, self.taken = None, 0
 
     def set_rate(self, rate):
         for group in self.optimiser.param_groups:
@@ -167,35 +169,52 @@ class Step:
         """The noise of a timed step."""
         return torch.randn_like(self.batch.images) if self.model.sizes.image else None
 
-    def capture(self):
+    def graphed(self, noise):
+        """A step as a CUDA graph, with noise drawn by `noise`; its outputs stay where they are."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self.pass_over(self.draw())
+                self.pass_over(noise())
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = self.pass_over(self.draw())
-        self.captured = graph, outputs
+            outputs = self.pass_over(noise())
+
+        def replay():
+            graph.replay()
+            return outputs
+
+        return replay
+
+    @torch.no_grad()
+    def rewind(self):
+        """Weights, moments and means as `build` left them, in place."""
+        for now, then in zip((*self.parameters, *self.masters, *self.means), self.first):
+            now.copy_(then)
+        for moments in self.optimiser.state.values():
+            for value in moments.values():
+                value.zero_()
+        self.taken = 0
 
     def run(self):
         """A timed step; the loss arrives on the host, as the engine's does."""
-        if "graph" not in self.words:
-            return self.pass_over(self.draw())[0].item()
-        if self.captured is None:
-            self.capture()
-        graph, (loss, _) = self.captured
-        graph.replay()
-        return loss.item()
+        if self.replay is None:
+            graph = "graph" in self.words
+            self.replay = self.graphed(self.draw) if graph else lambda: self.pass_over(self.draw())
+        return self.replay()[0].item()
 
     def check(self, rates):
         """Losses and gradient norms of the first steps, with the engine's own noise."""
-        self.reset()
+        given = lambda: getattr(self.batch, "noise", None)
+        step = lambda: self.pass_over(given())
+        if "graph" in self.words:
+            step = self.graphed(given)
+            self.rewind()
         told = []
         for rate in rates:
             self.set_rate(rate)
-            loss, norm = self.pass_over(getattr(self.batch, "noise", None))
+            loss, norm = step()
             told.append((loss.item(), norm.item()))
         self.set_rate(self.train["lr"])
         return told
@@ -222,7 +241,7 @@ def prepare(config, train, weights, batch, dtype, device):
     return {"variants": variants(dtype, device, state["batch"].tokens.shape[1])}
 
 
-def check(variant, rates):
+def build(variant, rates):
     """Builds a variant and takes its first steps."""
     of = state
     state["step"] = step = Step(variant, of["config"], of["train"], of["weights"], of["batch"], of["device"])
@@ -231,7 +250,7 @@ def check(variant, rates):
 
 
 def time(seconds):
-    """Times the variant that was checked last."""
+    """Times the variant that was built last."""
     step = state["step"]
     return {"ms": clock.block(step.run, seconds, state["device"])}
 
@@ -241,4 +260,4 @@ def memory():
     return {"bytes": torch.cuda.max_memory_allocated() if state["device"] != "cpu" else None}
 
 
-HANDLERS = {"prepare": prepare, "check": check, "time": time, "memory": memory}
+HANDLERS = {"prepare": prepare, "build": build, "time": time, "memory": memory}

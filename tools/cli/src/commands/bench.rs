@@ -1,5 +1,6 @@
 //! `transfusion bench`.
 mod common;
+mod sample;
 mod step;
 
 use crate::failure::Outcome;
@@ -23,6 +24,7 @@ pub(crate) struct Bench {
 #[derive(Debug, Subcommand)]
 enum What {
     Step(step::Step),
+    Sample(sample::Sample),
 }
 
 impl Bench {
@@ -30,6 +32,7 @@ impl Bench {
     pub(crate) fn run(self) -> Outcome {
         match self.what {
             What::Step(c) => c.run(),
+            What::Sample(c) => c.run(),
         }
     }
 }

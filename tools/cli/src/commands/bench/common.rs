@@ -62,6 +62,13 @@ impl Sizing {
         Ok(config)
     }
 
+    /// The settings, with one sequence where nobody says how many.
+    pub(crate) fn one_sequence(&self) -> Outcome<RunConfig> {
+        let mut config = self.resolve()?;
+        config.train.rows = self.batch.map_or(1, usize::from);
+        Ok(config)
+    }
+
     /// How rows are filled.
     pub(crate) fn packing(&self, config: &RunConfig) -> Packing {
         self.documents.map_or_else(|| step::packing(config), |n| Packing::Equal(n.into()))
@@ -109,6 +116,8 @@ fn seconds(text: &str) -> Result<f64, String> {
 /// A machine that is open, and described.
 pub(crate) struct Opened {
     pub(crate) device: Box<dyn Device>,
+    /// `cpu` or `cuda:N`.
+    pub(crate) name: String,
     pub(crate) machine: Machine,
 }
 
@@ -117,12 +126,15 @@ impl Bout {
     pub(crate) fn open(&self, config: &RunConfig) -> Outcome<Opened> {
         let opened = self.device.open(usize::from(self.threads), || Ok(config.model.clone()))?;
         opened.notices.iter().for_each(console::note);
-        let machine = match (opened.device.target(), self.device) {
-            (None, _) => Machine::cpu(usize::from(self.threads)),
-            (Some(_), Hardware::Cuda(ordinal)) => Machine::gpu(ordinal).map_err(failure)?,
-            (Some(_), _) => Machine::gpu(0).map_err(failure)?,
+        let ordinal = match self.device {
+            Hardware::Cuda(ordinal) => ordinal,
+            _ => 0,
         };
-        Ok(Opened { device: opened.device, machine })
+        let (name, machine) = match opened.device.target() {
+            None => ("cpu".into(), Machine::cpu(usize::from(self.threads))),
+            Some(_) => (format!("cuda:{ordinal}"), Machine::gpu(ordinal).map_err(failure)?),
+        };
+        Ok(Opened { device: opened.device, name, machine })
     }
 
     /// The other side, where one is wanted, on the same kind of machine.
@@ -130,12 +142,7 @@ impl Bout {
         if self.against.is_none() {
             return Ok(None);
         }
-        let device = match (opened.device.target(), self.device) {
-            (None, _) => "cpu".into(),
-            (Some(_), Hardware::Cuda(ordinal)) => format!("cuda:{ordinal}"),
-            (Some(_), _) => "cuda:0".into(),
-        };
-        Peer::start(&self.python, &device, opened.machine.threads).map(Some).map_err(failure)
+        Peer::start(&self.python, &opened.name, opened.machine.threads).map(Some).map_err(failure)
     }
 
     /// How long.
