@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     peer::{Peer, numbers},
     row::Row,
-    statistics::{Schedule, Side, alternate, median},
+    statistics::{Pair, Schedule, Side, alternate, median},
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -16,6 +16,8 @@ pub struct Opponent<'a> {
     pub peer: &'a mut Peer,
     /// What may be fastest.
     pub variants: Vec<String>,
+    /// What does something else, and is timed for comparison only.
+    pub bounds: Vec<String>,
     /// Builds a variant, whose name is added, and tells what is to be judged.
     pub build: Value,
     /// How far that is from ours, relative.
@@ -38,6 +40,18 @@ struct Chosen {
     others: BTreeMap<String, f64>,
 }
 
+impl Chosen {
+    fn into_row(self, row: Row, peer: &Peer) -> Row {
+        Row {
+            torch: Some(peer.version.clone()),
+            torch_variant: Some(self.variant),
+            others: self.others,
+            apart: Some(self.apart),
+            ..row
+        }
+    }
+}
+
 impl Opponent<'_> {
     /// Builds a variant and holds it against ours; how far it is.
     fn build(&mut self, variant: &str) -> Result<f64> {
@@ -53,6 +67,14 @@ impl Opponent<'_> {
         Err(Error::peer(format!(
             "{variant}: its results are {apart:.1e} from ours, and {most:.0e} is allowed"
         )))
+    }
+
+    fn bound(&mut self, variant: &str) -> Result<f64> {
+        let mut asked = self.build.clone();
+        asked["variant"] = variant.into();
+        self.peer.ask(asked)?;
+        self.block(0.0)?;
+        Ok(median(&self.block(self.trial)?))
     }
 
     fn block(&mut self, seconds: f64) -> Result<Vec<f64>> {
@@ -84,6 +106,14 @@ impl Opponent<'_> {
             let why = first.unwrap_or_else(|| "it has none".into());
             return Err(Error::peer(format!("no variant of PyTorch can be measured: {why}")));
         };
+        for bound in self.bounds.clone() {
+            cancel.check()?;
+            match self.bound(&bound) {
+                Ok(ms) => times.extend([(bound, ms)]),
+                Err(Error::Peer { what, .. }) => note(format!("left out: {what}")),
+                Err(e) => return Err(e),
+            }
+        }
         if times.len() > 1 {
             apart = self.build(&variant)?;
         }
@@ -109,13 +139,24 @@ pub fn measure(
     };
     let chosen = opponent.choose(note, cancel)?;
     let pair = alternate(schedule, ours, Some(&mut |s| opponent.block(s)), cancel)?;
-    Ok(Row {
-        torch: Some(opponent.peer.version.clone()),
-        torch_variant: Some(chosen.variant),
-        others: chosen.others,
-        apart: Some(chosen.apart),
-        ..row.timed(&pair)
-    })
+    Ok(chosen.into_row(row.timed(&pair), opponent.peer))
+}
+
+/// Measures the other side alone.
+///
+/// # Errors
+/// As [`measure`].
+pub fn alone(
+    row: Row,
+    mut opponent: Opponent<'_>,
+    schedule: Schedule,
+    note: &mut dyn FnMut(String),
+    cancel: Cancel<'_>,
+) -> Result<Row> {
+    let chosen = opponent.choose(note, cancel)?;
+    let theirs = alternate(schedule, &mut |s| opponent.block(s), None, cancel)?.ours;
+    let row = row.timed(&Pair { theirs, ..Pair::default() });
+    Ok(chosen.into_row(row, opponent.peer))
 }
 
 /// The largest difference of two lists over the largest number of the first.

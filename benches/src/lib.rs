@@ -14,6 +14,7 @@ pub mod row;
 pub mod contest;
 pub mod step;
 pub mod sample;
+pub mod ops;
 
 pub use error::{Error, Result};
 

@@ -17,6 +17,9 @@ pub struct Row {
     pub what: String,
     /// The preset.
     pub preset: String,
+    /// The program whose op it is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub program: String,
     /// How floats are stored.
     pub dtype: String,
     /// Sizes.
@@ -153,6 +156,7 @@ type Column = (&'static str, fn(&Row) -> String);
 const COLUMNS: &[Column] = &[
     ("what", |r| r.what.clone()),
     ("preset", |r| r.preset.clone()),
+    ("program", |r| r.program.clone()),
     ("dtype", |r| r.dtype.clone()),
     ("shape", |r| r.shape.clone()),
     ("times", |r| if r.count > 0 { r.count.to_string() } else { String::new() }),

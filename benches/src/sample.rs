@@ -121,6 +121,7 @@ impl Sampler<'_> {
         let opponent = peer.map(|peer| Opponent {
             peer,
             variants: variants.to_vec(),
+            bounds: vec![],
             build: json!({ "do": "sample.decode", "prompts": prompts, "token": stage.token(), "length": length }),
             judge: &judge,
             tolerance: self.tolerance(),
@@ -169,6 +170,7 @@ impl Sampler<'_> {
                 Some(Opponent {
                     peer,
                     variants: variants.to_vec(),
+                    bounds: vec![],
                     build,
                     judge: &judge,
                     tolerance: self.tolerance(),
@@ -242,7 +244,7 @@ fn prepare(peer: &mut Peer, engine: &mut Engine) -> Result<Vec<String>> {
 /// Our logits behind the prompts and one token.
 fn logits(stage: &Sampling<'_>, engine: &mut Engine) -> Result<Vec<f64>> {
     let mut yielded = vec![];
-    for named in stage.programs(engine).into_iter().take(2) {
+    for named in stage.programs(engine.has_ema()).into_iter().take(2) {
         stage.set(engine, named)?;
         let plan = engine.open(named.program)?;
         engine.run(plan)?;
@@ -311,7 +313,7 @@ fn decode_work(c: &ModelConfig, sequences: usize, context: usize) -> Cost {
 impl<'a, 'c> Denoiser<'a, 'c> {
     fn new(stage: &'a Sampling<'c>, mut engine: Engine) -> Result<Denoiser<'a, 'c>> {
         let mut found = None;
-        for named in stage.programs(&engine) {
+        for named in stage.programs(engine.has_ema()) {
             stage.set(&mut engine, named)?;
             let plan = engine.open(named.program)?;
             engine.run(plan)?;

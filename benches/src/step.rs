@@ -178,6 +178,7 @@ pub fn measure(
     let opponent = asked.map(|(peer, variants)| Opponent {
         peer,
         variants,
+        bounds: vec![],
         build: json!({ "do": "step.build", "rates": rates }),
         judge: &judge,
         tolerance: if dtype == "bf16" { 1e-2 } else { 1e-4 },

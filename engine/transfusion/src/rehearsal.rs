@@ -88,7 +88,7 @@ pub fn sampling(config: &RunConfig, seed: u64) -> Result<Vec<Scene>> {
         engine.start_ema()?;
     }
     let mut scenes = Vec::new();
-    for named in stage.programs(&engine) {
+    for named in stage.programs(engine.has_ema()) {
         stage.set(&mut engine, named)?;
         scenes.push(scene(&mut engine, named.name, named.program)?);
         let plan = engine.open(named.program)?;
@@ -123,9 +123,9 @@ impl<'c> Sampling<'c> {
         Ok(Sampling { config, seed, prompt })
     }
 
-    /// The programs in the order in which they run, with one cache for all of them.
-    pub fn programs(&self, engine: &Engine) -> Vec<Named> {
-        let ema = engine.has_ema();
+    /// The programs in the order in which they run, with one cache for all of them; `ema` says whether they read the
+    /// running means of the weights.
+    pub fn programs(&self, ema: bool) -> Vec<Named> {
         let rows = self.config.train.rows;
         let slots = if self.config.model.image().is_some() { 2 * rows } else { rows };
         let shared = |program| match program {

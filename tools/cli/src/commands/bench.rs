@@ -1,5 +1,6 @@
 //! `transfusion bench`.
 mod common;
+mod ops;
 mod sample;
 mod step;
 
@@ -25,6 +26,7 @@ pub(crate) struct Bench {
 enum What {
     Step(step::Step),
     Sample(sample::Sample),
+    Ops(ops::Ops),
 }
 
 impl Bench {
@@ -33,6 +35,7 @@ impl Bench {
         match self.what {
             What::Step(c) => c.run(),
             What::Sample(c) => c.run(),
+            What::Ops(c) => c.run(),
         }
     }
 }

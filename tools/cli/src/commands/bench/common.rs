@@ -94,9 +94,9 @@ pub(crate) struct Bout {
     /// Blocks of each side, in turn.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(2..))]
     rounds: u16,
-    /// Of a block.
-    #[arg(long, value_name = "S", default_value_t = 2.0, value_parser = seconds)]
-    seconds: f64,
+    /// Of a block [default: 2, of an op 0.05].
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    seconds: Option<f64>,
 }
 
 /// Who else is measured.
@@ -145,9 +145,9 @@ impl Bout {
         Peer::start(&self.python, &opened.name, opened.machine.threads).map(Some).map_err(failure)
     }
 
-    /// How long.
-    pub(crate) fn schedule(&self) -> Schedule {
-        Schedule { rounds: usize::from(self.rounds), seconds: self.seconds }
+    /// How long, where nobody says otherwise in blocks of so many seconds.
+    pub(crate) fn schedule(&self, seconds: f64) -> Schedule {
+        Schedule { rounds: usize::from(self.rounds), seconds: self.seconds.unwrap_or(seconds) }
     }
 }
 

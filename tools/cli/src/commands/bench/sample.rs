@@ -39,7 +39,7 @@ impl Sample {
             preset: &self.sizing.settings.preset,
             config: &config,
             machine: &machine,
-            schedule: self.bout.schedule(),
+            schedule: self.bout.schedule(2.0),
             cancel: Cancel(Some(&stop)),
         };
         let device = opened.name.clone();

@@ -42,7 +42,7 @@ impl Step {
             measured,
             &opened.machine,
             peer.as_mut().map(|peer| (peer, self.variant.as_deref())),
-            self.bout.schedule(),
+            self.bout.schedule(2.0),
             &mut |text| console::note(text),
             Cancel(Some(&stop)),
         );
