@@ -15,6 +15,7 @@ pub mod contest;
 pub mod step;
 pub mod sample;
 pub mod ops;
+pub mod scaling;
 
 pub use error::{Error, Result};
 

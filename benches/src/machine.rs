@@ -93,13 +93,19 @@ impl Machine {
     }
 
     fn here() -> Machine {
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        Machine { commit: commit(), date: date(seconds), ..Machine::unknown() }
+    }
+
+    /// One of which nothing is known.
+    pub(crate) fn unknown() -> Machine {
         Machine {
             device: String::new(),
             driver: None,
             clocks: None,
             threads: 1,
-            commit: commit(),
-            date: date(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())),
+            commit: None,
+            date: String::new(),
             ceilings: Ceilings::default(),
         }
     }

@@ -177,6 +177,9 @@ const COLUMNS: &[Column] = &[
     ("ours is", |r| r.verdict.clone().unwrap_or_default()),
 ];
 
+/// What a short table leaves out.
+const LONG: &[&str] = &["times", "±", "GB/s", "of roofline", "± "];
+
 /// What CSV has beside them.
 const MORE: &[Column] = &[
     ("bench", |r| r.bench.clone()),
@@ -204,8 +207,18 @@ fn percent(x: Option<f64>) -> String {
 
 /// The rows as a Markdown table.
 pub fn markdown(rows: &[Row]) -> String {
-    let used: Vec<&Column> =
-        COLUMNS.iter().filter(|(_, of)| rows.iter().any(|r| !of(r).is_empty())).collect();
+    table(rows, &[])
+}
+
+/// The rows as a Markdown table of what matters most.
+pub fn brief(rows: &[Row]) -> String {
+    table(rows, LONG)
+}
+
+fn table(rows: &[Row], without: &[&str]) -> String {
+    let is_used = |of: &fn(&Row) -> String| rows.iter().any(|r| !of(r).is_empty());
+    let used = COLUMNS.iter().filter(|(title, of)| !without.contains(title) && is_used(of));
+    let used: Vec<&Column> = used.collect();
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
     let mut out = line(used.iter().map(|(title, _)| title.trim().into()).collect());
     out += &line(vec!["---".into(); used.len()]);
@@ -213,6 +226,53 @@ pub fn markdown(rows: &[Row]) -> String {
         out += &line(used.iter().map(|(_, of)| of(row).replace('|', "\\|")).collect());
     }
     out
+}
+
+/// A text in which every block `<!-- bench:KIND -->` to `<!-- /bench -->` whose kind there are rows of holds their
+/// table, with when and on what they were measured.
+///
+/// # Errors
+/// If it has no such block, or one that does not end.
+pub fn written(text: &str, rows: &[Row]) -> Result<String, String> {
+    const END: &str = "<!-- /bench -->";
+    let (mut out, mut rest, mut found) = (String::new(), text, false);
+    while let Some((before, after)) = rest.split_once("<!-- bench:") {
+        let (kind, inside) = after.split_once(" -->").ok_or("a marker <!-- bench: has no end -->")?;
+        let unclosed = || format!("<!-- bench:{kind} --> is not followed by {END}");
+        let (old, behind) = inside.split_once(END).ok_or_else(unclosed)?;
+        let own: Vec<Row> = rows.iter().filter(|r| r.bench == kind).cloned().collect();
+        found |= !own.is_empty();
+        let new = match own.is_empty() {
+            true => old.to_string(),
+            false => format!("\n{}\n\n{}\n", provenance(&own), brief(&own).trim_end()),
+        };
+        out += &format!("{before}<!-- bench:{kind} -->{new}{END}");
+        rest = behind;
+    }
+    match found {
+        true => Ok(out + rest),
+        false => Err(format!("there is no block for {}", kinds(rows).join(", "))),
+    }
+}
+
+/// The measurements that rows are of.
+fn kinds(rows: &[Row]) -> Vec<String> {
+    let mut kinds: Vec<String> =
+        rows.iter().map(|r| format!("<!-- bench:{} --> ... <!-- /bench -->", r.bench)).collect();
+    kinds.sort();
+    kinds.dedup();
+    kinds
+}
+
+/// Rows that were printed as JSON; lines that begin with `#` are remarks.
+///
+/// # Errors
+/// Names the line, and what is wrong with it.
+pub fn read(text: &str) -> Result<Vec<Row>, String> {
+    let is_row = |(_, line): &(usize, &str)| !line.trim().is_empty() && !line.starts_with('#');
+    let row =
+        |(i, line): (usize, &str)| serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1));
+    text.lines().enumerate().filter(is_row).map(row).collect()
 }
 
 /// The rows as CSV (RFC 4180), with a line of titles.
@@ -263,4 +323,100 @@ pub fn provenance(rows: &[Row]) -> String {
         }
     }
     lines.join("\n\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::statistics::Blocks;
+
+    fn row(what: &str) -> Row {
+        let machine = Machine {
+            device: "CPU, fast".into(),
+            date: "2026-11-23".into(),
+            threads: 2,
+            ..Machine::unknown()
+        };
+        let pair = Pair { ours: Blocks(vec![2.0, 2.0]), theirs: Blocks(vec![6.0, 6.6]) };
+        Row { preset: "tiny".into(), dtype: "f32".into(), ..Row::new(&machine, "step", what).timed(&pair) }
+    }
+
+    #[test]
+    fn a_row_says_what_follows_from_its_times() {
+        let mut machine = Machine::unknown();
+        machine.ceilings.f32 = 4e12;
+        let rated = row("a").rated(Cost { flops: 2_000_000_000, bytes: 4_000_000 }, Some(1e-3), &machine);
+        let near = |have: Option<f64>, want: f64| {
+            assert!((have.unwrap() / want - 1.0).abs() < 1e-9, "{have:?} {want}")
+        };
+        near(rated.ms, 2.0);
+        near(rated.tflops, 1.0);
+        near(rated.mfu, 0.25);
+        near(rated.gbs, 2.0);
+        near(rated.roofline, 0.5);
+        near(rated.speedup, 3.15);
+        assert!(rated.has(Verdict::Faster) && !rated.has(Verdict::Even));
+        let alone =
+            Row::new(&machine, "ops", "b").timed(&Pair { theirs: Blocks(vec![1.0]), ..Pair::default() });
+        assert_eq!((alone.ms, alone.torch_ms, alone.speedup, alone.verdict), (None, Some(1.0), None, None));
+    }
+
+    #[test]
+    fn rows_come_back_from_json() {
+        let rows = vec![row("a"), Row { count: 3, rate: Some(0.1 + 0.2), ..row("b") }];
+        let text = json(&rows);
+        assert!(
+            text.contains("\"ms\":2.0")
+                && text.contains("\"torch_ms\":6.3")
+                && text.contains("\"speedup\":3.15")
+        );
+        assert_eq!(read(&format!("# how\n{text}\n")).unwrap(), rows);
+        assert!(read("{}").unwrap_err().starts_with("line 1: missing field"));
+        assert!(read("\n{\"bench\": 3}").unwrap_err().starts_with("line 2: "));
+    }
+
+    #[test]
+    fn tables_have_the_columns_that_are_used() {
+        let long = markdown(&[row("a")]);
+        assert!(
+            long.contains("| what | preset | dtype | ms | ± | PyTorch ms | ± | ratio | ours is |"),
+            "{long}"
+        );
+        assert!(
+            long.contains("| a | tiny | f32 | 2.000 | 0.0 % | 6.300 | 10.0 % | 3.15 | faster |"),
+            "{long}"
+        );
+        assert!(brief(&[row("a")]).contains("| a | tiny | f32 | 2.000 | 6.300 | 3.15 | faster |"));
+        let lines = csv(&[Row { shape: "2 \"x\" 3".into(), ..row("a") }]);
+        assert!(lines.contains("\"CPU, fast\"") && lines.contains("\"2 \"\"x\"\" 3\""), "{lines}");
+        let titles = lines.lines().next().unwrap().split(',').count();
+        assert_eq!(titles, COLUMNS.len() + MORE.len());
+    }
+
+    #[test]
+    fn numbers_have_four_digits() {
+        let all = [12345.6, 123.456, 1.23456, 0.0123456, 0.0, 1e-9].map(|x| number(Some(x)));
+        assert_eq!(all, ["12346", "123.5", "1.235", "0.01235", "0.000000", "0.000000"]);
+    }
+
+    #[test]
+    fn tables_are_written_between_markers() {
+        let page = "# Title\n<!-- bench:step -->old<!-- /bench -->\nmore\n<!-- bench:ops -->kept<!-- /bench -->\nend\n";
+        let out = written(page, &[row("a")]).unwrap();
+        assert!(
+            out.starts_with("# Title\n<!-- bench:step -->\n2026-11-23, CPU, fast, 2 threads\n\n| what"),
+            "{out}"
+        );
+        assert!(
+            out.ends_with("|\n<!-- /bench -->\nmore\n<!-- bench:ops -->kept<!-- /bench -->\nend\n")
+                && !out.contains("old")
+        );
+        assert_eq!(written(&out, &[row("a")]).unwrap(), out);
+        assert!(written("nothing", &[row("a")]).unwrap_err().contains("<!-- bench:step -->"));
+        assert!(
+            written("<!-- bench:step --> and no more", &[row("a")])
+                .unwrap_err()
+                .contains("is not followed by")
+        );
+    }
 }

@@ -2,7 +2,9 @@
 mod common;
 mod ops;
 mod sample;
+mod scaling;
 mod step;
+mod table;
 
 use crate::failure::Outcome;
 use clap::{Args, Subcommand};
@@ -27,6 +29,8 @@ enum What {
     Step(step::Step),
     Sample(sample::Sample),
     Ops(ops::Ops),
+    Scaling(scaling::Scaling),
+    Table(table::Table),
 }
 
 impl Bench {
@@ -36,6 +40,8 @@ impl Bench {
             What::Step(c) => c.run(),
             What::Sample(c) => c.run(),
             What::Ops(c) => c.run(),
+            What::Scaling(c) => c.run(),
+            What::Table(c) => c.run(),
         }
     }
 }

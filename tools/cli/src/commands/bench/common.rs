@@ -75,28 +75,47 @@ impl Sizing {
     }
 }
 
-/// Where it runs, how long, and against what.
+/// How long, and with how many threads.
 #[derive(Args, Debug)]
-pub(crate) struct Bout {
-    /// What it runs on: cpu, cuda, cuda:N, or auto, which is a GPU if one is there that has a kernel for
-    /// everything the model does, else the CPU.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    device: Hardware,
+pub(crate) struct Timing {
     /// Threads of the CPU, on both sides; 0 is one for each core.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
     threads: u16,
-    /// Who else is measured.
-    #[arg(long, value_enum, value_name = "PEER")]
-    against: Option<Against>,
-    /// The Python interpreter that has PyTorch.
-    #[arg(long, value_name = "PATH", default_value = "python3", requires = "against")]
-    python: PathBuf,
     /// Blocks of each side, in turn.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(2..))]
     rounds: u16,
     /// Of a block [default: 2, of an op 0.05].
     #[arg(long, value_name = "S", value_parser = seconds)]
     seconds: Option<f64>,
+}
+
+impl Timing {
+    /// How many threads; 0 is one for each core.
+    pub(crate) fn threads(&self) -> usize {
+        usize::from(self.threads)
+    }
+
+    /// How long, where nobody says otherwise in blocks of so many seconds.
+    pub(crate) fn schedule(&self, seconds: f64) -> Schedule {
+        Schedule { rounds: usize::from(self.rounds), seconds: self.seconds.unwrap_or(seconds) }
+    }
+}
+
+/// Where it runs, and against what.
+#[derive(Args, Debug)]
+pub(crate) struct Bout {
+    /// What it runs on: cpu, cuda, cuda:N, or auto, which is a GPU if one is there that has a kernel for
+    /// everything the model does, else the CPU.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: Hardware,
+    /// Who else is measured.
+    #[arg(long, value_enum, value_name = "PEER")]
+    against: Option<Against>,
+    /// The Python interpreter that has PyTorch.
+    #[arg(long, value_name = "PATH", default_value = "python3", requires = "against")]
+    python: PathBuf,
+    #[command(flatten)]
+    timing: Timing,
 }
 
 /// Who else is measured.
@@ -124,14 +143,14 @@ pub(crate) struct Opened {
 impl Bout {
     /// Opens the machine for a model, and measures what it can do.
     pub(crate) fn open(&self, config: &RunConfig) -> Outcome<Opened> {
-        let opened = self.device.open(usize::from(self.threads), || Ok(config.model.clone()))?;
+        let opened = self.device.open(self.timing.threads(), || Ok(config.model.clone()))?;
         opened.notices.iter().for_each(console::note);
         let ordinal = match self.device {
             Hardware::Cuda(ordinal) => ordinal,
             _ => 0,
         };
         let (name, machine) = match opened.device.target() {
-            None => ("cpu".into(), Machine::cpu(usize::from(self.threads))),
+            None => ("cpu".into(), Machine::cpu(self.timing.threads())),
             Some(_) => (format!("cuda:{ordinal}"), Machine::gpu(ordinal).map_err(failure)?),
         };
         Ok(Opened { device: opened.device, name, machine })
@@ -147,7 +166,7 @@ impl Bout {
 
     /// How long, where nobody says otherwise in blocks of so many seconds.
     pub(crate) fn schedule(&self, seconds: f64) -> Schedule {
-        Schedule { rounds: usize::from(self.rounds), seconds: self.seconds.unwrap_or(seconds) }
+        self.timing.schedule(seconds)
     }
 }
 
