@@ -9,8 +9,8 @@ fn steps(c: &mut Criterion) {
     let mut group = c.benchmark_group("step");
     group.sample_size(20);
     for preset in ["tiny", "text-tiny"] {
-        let Ok((mut trainer, batch)) = training(preset, 0) else { continue };
-        group.bench_function(preset, |b| b.iter(|| trainer.step(std::slice::from_ref(&batch))));
+        let Ok(mut step) = training(preset, 0) else { continue };
+        group.bench_function(preset, |b| b.iter(|| step.take()));
     }
     group.finish();
 }

@@ -10,6 +10,7 @@ pub mod picture;
 pub mod data;
 pub mod batch;
 pub mod train;
+pub mod programs;
 pub mod rehearsal;
 pub mod hardware;
 pub mod sample;

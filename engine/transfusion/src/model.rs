@@ -4,7 +4,10 @@
 //! Weights that are used together live together, in the layout that the kernels want: `qkv` with
 //! rotary pairs adjacent, `gate_up` interleaved. Hugging Face names and layouts exist at import and
 //! export only.
-use crate::config::{ModelConfig, PatchPositions};
+use crate::{
+    batch::Batch,
+    config::{ModelConfig, PatchPositions},
+};
 use transfusion_core::{
     Result,
     graph::Graph,
@@ -102,6 +105,26 @@ pub fn weights(c: &ModelConfig) -> Vec<Weight> {
 /// The name of a weight of layer `i`.
 pub fn layer(i: usize, what: &str) -> String {
     format!("model.layers.{i}.{what}")
+}
+
+/// Model FLOPs of a training step over a micro-batch: forward, and twice that for the gradient. What counts is
+/// what the batch holds: positions with a document, targets, images, and pairs of a query and a key that it
+/// sees; neither recomputation nor the optimiser does.
+pub fn step_flops(c: &ModelConfig, batch: &Batch) -> u64 {
+    let heads = c.heads();
+    let pairs: u64 = batch.row_start.iter().zip(&batch.row_end).map(|(s, e)| (e - s).max(0) as u64).sum();
+    let attended = 4 * (c.num_hidden_layers * heads.heads * heads.width) as u64 * pairs;
+    let images = batch.image_count as u64;
+    let met = |w: &Weight| match w.name.as_str() {
+        name if name.starts_with("model.layers.") => batch.used() as u64,
+        "model.embed_tokens.weight" if !c.tie_word_embeddings => 0,
+        "model.embed_tokens.weight" | "lm_head.weight" => batch.text_count as u64,
+        name if name.starts_with("transfusion.time") => images,
+        _ => images * batch.geometry.patches() as u64,
+    };
+    let matrices = weights(c).into_iter().filter(Weight::decays);
+    let products: u64 = matrices.map(|w| 2 * w.elements() as u64 * met(&w)).sum();
+    3 * (attended + products)
 }
 
 /// The capacities of a training batch: static, as plans are; contents are data.

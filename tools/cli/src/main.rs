@@ -7,6 +7,7 @@ mod console;
 mod progress;
 mod settings;
 mod commands {
+    pub(crate) mod bench;
     pub(crate) mod demo;
     pub(crate) mod doctor;
     pub(crate) mod eval;
@@ -53,6 +54,7 @@ enum Command {
     Sample(commands::sample::Sample),
     Eval(commands::eval::Eval),
     Plan(commands::plan::Plan),
+    Bench(commands::bench::Bench),
     Inspect(commands::inspect::Inspect),
     Export(commands::export::Export),
     Doctor(commands::doctor::Doctor),
@@ -67,6 +69,7 @@ impl Command {
             Command::Sample(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Plan(c) => c.run(),
+            Command::Bench(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Export(c) => c.run(),
             Command::Doctor(c) => c.run(),

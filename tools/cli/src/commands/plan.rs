@@ -1,6 +1,5 @@
 //! `transfusion plan`.
 use crate::{
-    commands::programs::{self, Named},
     console::{self, bytes, count},
     failure::{Failure, Outcome},
     settings::Settings,
@@ -11,6 +10,7 @@ use transfusion::{
     config::ModelConfig,
     engine::Program,
     model::{self, Capacity, LossOptions},
+    programs::{self, Named},
     run::RunConfig,
 };
 use transfusion_core::{op::Kind, plan};

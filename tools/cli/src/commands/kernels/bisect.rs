@@ -9,7 +9,7 @@ use crate::{
     failure::{Failure, Outcome},
 };
 use clap::Args;
-use transfusion::rehearsal::{self, Scene};
+use transfusion::rehearsal::{self, Packing, Scene};
 use transfusion_core::{
     Error,
     agreement::{self, Application, Walk, Worst},
@@ -61,7 +61,7 @@ impl Bisect {
             Some(name) => examined.case(&find(name)?)?,
             None => {
                 let config = self.sizing.resolve()?;
-                for scene in rehearsal::training_step(&config, self.seed)? {
+                for scene in rehearsal::training_step(&config, Packing::Shapes, self.seed)? {
                     examined.scene(&scene)?;
                 }
             }

@@ -4,13 +4,13 @@ use super::{
     workbench::Model,
 };
 use crate::{
-    commands::programs::{Named, Sizing, Which},
+    commands::programs::{Sizing, Which},
     console::{self, bytes, count},
     failure::{Failure, Outcome},
 };
 use clap::Args;
 use serde_json::{Value, json};
-use transfusion::run::RunConfig;
+use transfusion::{programs::Named, run::RunConfig};
 use transfusion_core::{
     device::resolve::{self, Library},
     launch::{Bound, Cost, Roofline},

@@ -8,7 +8,7 @@ use crate::{
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use transfusion::rehearsal::{self, Scene};
+use transfusion::rehearsal::{self, Packing, Scene};
 use transfusion_core::{
     agreement::Walk,
     device::{Device, resolve::Library},
@@ -58,7 +58,7 @@ impl Traffic {
         let config = self.sizing.resolve()?;
         let mut sim = self.simulated.open(Schedule::default())?;
         let mut all = Vec::new();
-        for scene in rehearsal::training_step(&config, self.seed)? {
+        for scene in rehearsal::training_step(&config, Packing::Shapes, self.seed)? {
             count(&scene, &mut sim, &mut all)?;
         }
         if self.json {
