@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // the windows of a launch are shared by the host threads that run its blocks
 
 use crate::error::LaunchError;
+use crate::exec::lane::{LANES, Row};
 use crate::finding::{Checks, Finding, FindingKind, Place};
 use crate::kernel::Kernel;
 use crate::launch::{Access, Argument, Format, Launch, Options, Order, Swizzle, TensorMap, Window};
@@ -57,10 +58,12 @@ impl Bytes {
         let mut met = false;
         // SAFETY: there is an owner for each granule of a window, and these bytes were admitted.
         let owners = unsafe { std::slice::from_raw_parts_mut(self.owners, granules) };
-        for owner in owners {
+        for owner in owners.iter() {
             let other = *owner != 0 && *owner >> 1 != cluster + 1;
             met |= other & !(atomic && *owner & 1 != 0);
-            *owner = if write { tag } else { *owner };
+        }
+        if write {
+            owners.fill(tag);
         }
         met
     }
@@ -92,6 +95,8 @@ pub(crate) struct Run<'a> {
     pub(crate) shadowed: bool,
     /// Whether the host has the vector features that instructions are compiled for.
     pub(crate) vector_host: bool,
+    /// Whether the host has AVX-512 as well.
+    pub(crate) wide_host: bool,
     /// Whether global reads need marked bytes.
     pub(crate) uninitialised: bool,
     pub(crate) params: Vec<u8>,
@@ -140,6 +145,7 @@ impl<'a> Run<'a> {
             checks: options.checks,
             shadowed: options.checks.shared_shadow(),
             vector_host: crate::exec::vector_host(),
+            wide_host: crate::exec::wide_host(),
             uninitialised: options.checks.has(FindingKind::Uninitialised),
             params: vec![0; kernel.parameter_bytes as usize],
             maps: Vec::new(),
@@ -282,23 +288,34 @@ impl<'a> Run<'a> {
         let slot = self.slots.get((address >> 32) as usize)?;
         let offset = (address & 0xffff_ffff).wrapping_sub(slot.low);
         let inside = offset <= slot.len && size <= slot.len - offset;
-        let allowed = if write { slot.writable } else { slot.readable };
-        if !inside || address & (align - 1) != 0 || !allowed {
+        if !inside || address & (align - 1) != 0 || !slot.allows(write) {
             return None;
         }
-        // SAFETY: the offset is within the window, whose memory outlives the launch.
-        unsafe {
-            Some(Bytes {
-                data: slot.base.add(offset as usize),
-                written: slot.written.add(offset as usize),
-                owners: if slot.owners.is_null() {
-                    slot.owners
-                } else {
-                    slot.owners.add((offset as usize + slot.parity as usize) / 2)
-                },
-                parity: (offset as u32 + slot.parity) % 2,
-            })
+        Some(slot.at(offset as u32))
+    }
+
+    /// [`find`](Self::find) for several lanes with a size each: their window and where in it they are, if it is
+    /// one that admits all.
+    #[inline(always)]
+    pub(crate) fn find_lanes(
+        &self,
+        addresses: &Row<u64>,
+        active: u32,
+        sizes: &Row<u32>,
+        align: u32,
+        write: bool,
+    ) -> Option<(&Slot, Row<u32>)> {
+        let number = addresses[active.trailing_zeros() as usize & 31] >> 32;
+        let slot = self.slots.get(number as usize).filter(|slot| slot.allows(write))?;
+        let (low, len) = (slot.low as u32, slot.len as u32);
+        let (mut offsets, mut refused) = ([0; LANES], 0);
+        for l in 0..LANES {
+            offsets[l] = (addresses[l] as u32).wrapping_sub(low);
+            let outside = offsets[l] > len || sizes[l] > len.wrapping_sub(offsets[l]);
+            let elsewhere = addresses[l] >> 32 != number || addresses[l] as u32 & (align - 1) != 0;
+            refused |= u32::from(outside | elsewhere) << l;
         }
+        (refused & active == 0).then_some((slot, offsets))
     }
 
     /// Why [`find`](Self::find) refused.
@@ -390,6 +407,23 @@ impl<'a> Run<'a> {
 }
 
 impl Slot {
+    #[inline(always)]
+    fn allows(&self, write: bool) -> bool {
+        if write { self.writable } else { self.readable }
+    }
+
+    /// The bytes from an offset on that was checked against the length.
+    #[inline(always)]
+    pub(crate) fn at(&self, offset: u32) -> Bytes {
+        let granule = (offset as usize + self.parity as usize) / 2;
+        Bytes {
+            data: self.base.wrapping_add(offset as usize),
+            written: self.written.wrapping_add(offset as usize),
+            owners: if self.owners.is_null() { self.owners } else { self.owners.wrapping_add(granule) },
+            parity: (offset + self.parity) % 2,
+        }
+    }
+
     fn empty() -> Self {
         Self {
             base: std::ptr::null_mut(),

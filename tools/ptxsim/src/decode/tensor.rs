@@ -4,7 +4,8 @@ use super::Flow;
 use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
-use crate::exec::matrix::{BFloat, Float16, LoadMatrix, Mma, MmaTf32, StoreMatrix};
+use crate::exec::matrix::{LoadMatrix, StoreMatrix};
+use crate::exec::product::{BFloat, Float16, Mma, Tf32};
 use crate::exec::wgmma::{self, WgmmaBf16, WgmmaF16, WgmmaTf32};
 use crate::syntax::Parsed;
 use crate::syntax::ast::{Operand, Type};
@@ -70,12 +71,12 @@ impl Builder<'_, '_> {
             self.list(v, false, n == 0, false)?;
         }
         match (element, k) {
-            (Some(Type::Bf16), 16) => self.run::<Mma<BFloat, 16>>(),
-            (Some(Type::Bf16), 8) => self.run::<Mma<BFloat, 8>>(),
-            (Some(Type::F16), 16) => self.run::<Mma<Float16, 16>>(),
-            (Some(Type::F16), 8) => self.run::<Mma<Float16, 8>>(),
-            (None, 8) => self.run::<MmaTf32<8>>(),
-            (None, 4) => self.run::<MmaTf32<4>>(),
+            (Some(Type::Bf16), 16) => self.run::<Mma<BFloat, 4>>(),
+            (Some(Type::Bf16), 8) => self.run::<Mma<BFloat, 2>>(),
+            (Some(Type::F16), 16) => self.run::<Mma<Float16, 4>>(),
+            (Some(Type::F16), 8) => self.run::<Mma<Float16, 2>>(),
+            (None, 8) => self.run::<Mma<Tf32, 2>>(),
+            (None, 4) => self.run::<Mma<Tf32, 1>>(),
             _ => self.unknown(),
         }
     }

@@ -1,11 +1,11 @@
 //! Checks of accesses: bounds, alignment, rights, initialisation, races; and the counts of their traffic.
 
 use super::Machine;
-use super::lane::{LANES, Row, lanes};
+use super::lane::{FULL, LANES, Row, lanes};
 use super::shadow::{Agent, Faults};
 use super::warp::Warp;
 use crate::finding::{FindingKind, Place};
-use crate::run::SHARED_BASE;
+use crate::run::{Bytes, SHARED_BASE};
 
 /// What an access does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -96,6 +96,41 @@ impl Machine<'_> {
         }
     }
 
+    /// [`shadow_access`](Self::shadow_access) for several lanes, in the block's own shared memory.
+    #[inline(always)]
+    pub(crate) fn shadow_accesses(&mut self, addresses: &Row<u32>, active: u32, size: u32, kind: Kind) {
+        let mut rest = active;
+        while let Some((lane, faults)) = self.shadow_until_fault(addresses, &mut rest, size, kind) {
+            self.report_shared(faults, self.rank, addresses[lane], lane, kind);
+        }
+    }
+
+    /// Goes through the lanes of `rest` up to the first that meets a fault.
+    #[inline(always)]
+    fn shadow_until_fault(
+        &mut self,
+        addresses: &Row<u32>,
+        rest: &mut u32,
+        size: u32,
+        kind: Kind,
+    ) -> Option<(usize, Faults)> {
+        let mut who = agent(self.warp, 0, kind == Kind::Atomic, self.pc);
+        let shadow = self.ctas[self.rank].shadow.as_mut()?;
+        while *rest != 0 {
+            let lane = rest.trailing_zeros() as usize;
+            *rest &= *rest - 1;
+            who.lane = lane as u8;
+            let faults = match kind {
+                Kind::Read => shadow.read(&who, addresses[lane], size),
+                _ => shadow.write(&who, addresses[lane], size),
+            };
+            if faults.any() {
+                return Some((lane, faults));
+            }
+        }
+        None
+    }
+
     /// Reports what the shadow found.
     #[cold]
     #[inline(never)]
@@ -145,7 +180,7 @@ impl Machine<'_> {
         format!("the read at line {}", self.run.kernel.code[cell.read_pc as usize].line)
     }
 
-    /// Checks an access to global memory, lane by lane. Returns the lanes that may go on.
+    /// Checks an access to global memory. Returns the lanes that may go on.
     #[inline(always)]
     pub(crate) fn admit_global(
         &mut self,
@@ -155,34 +190,60 @@ impl Machine<'_> {
         kind: Kind,
         pointers: &mut Pointers,
     ) -> u32 {
-        let mut admitted = 0;
-        let write = kind != Kind::Read;
-        for l in lanes(active) {
-            let Some(bytes) = self.global_bytes(addresses[l], size.into(), size.into(), write, l) else {
-                continue;
-            };
-            if self.run.uninitialised {
-                // SAFETY: `global_bytes` admitted `size` bytes, each with its mark.
-                unsafe {
-                    if kind != Kind::Write && !all_written(bytes.written, size) {
-                        let why = "read of bytes that nothing wrote";
-                        self.report(FindingKind::Uninitialised, l, self.run.place(addresses[l]), why);
-                    }
+        let admitted = match self.run.find_lanes(addresses, active, &[size; LANES], size, kind != Kind::Read) {
+            Some((window, offsets)) => {
+                for l in lanes(active) {
+                    let bytes = window.at(offsets[l]);
+                    self.visit_global(bytes, addresses[l], size, l, kind);
+                    pointers[l] = bytes.data;
                 }
+                active
             }
-            if write {
-                // SAFETY: as above.
-                unsafe { std::ptr::write_bytes(bytes.written, 1, size as usize) };
-            }
-            self.check_conflict(bytes, size, kind, l, addresses[l]);
-            pointers[l] = bytes.data;
-            admitted |= 1 << l;
-        }
+            None => self.admit_global_lanes(addresses, active, size, kind, pointers),
+        };
         if self.run.options.traffic {
             let sectors = count_sectors(addresses, active, size);
             self.count_global(active, size, sectors);
         }
         admitted
+    }
+
+    /// [`admit_global`](Self::admit_global) lane by lane, with a report for those that may not go on.
+    #[cold]
+    #[inline(never)]
+    fn admit_global_lanes(
+        &mut self,
+        addresses: &Row<u64>,
+        active: u32,
+        size: u32,
+        kind: Kind,
+        pointers: &mut Pointers,
+    ) -> u32 {
+        let mut admitted = 0;
+        for l in lanes(active) {
+            let bytes = self.global_bytes(addresses[l], size.into(), size.into(), kind != Kind::Read, l);
+            let Some(bytes) = bytes else { continue };
+            self.visit_global(bytes, addresses[l], size, l, kind);
+            pointers[l] = bytes.data;
+            admitted |= 1 << l;
+        }
+        admitted
+    }
+
+    /// Looks at the marks and owners of admitted bytes, and writes them.
+    #[inline(always)]
+    fn visit_global(&self, bytes: Bytes, address: u64, size: u32, lane: usize, kind: Kind) {
+        // SAFETY: `size` bytes were admitted, each with its mark.
+        unsafe {
+            if self.run.uninitialised && kind != Kind::Write && !all_written(bytes.written, size) {
+                let why = "read of bytes that nothing wrote";
+                self.report(FindingKind::Uninitialised, lane, self.run.place(address), why);
+            }
+            if kind != Kind::Read {
+                mark_written(bytes.written, size);
+            }
+        }
+        self.check_conflict(bytes, size, kind, lane, address);
     }
 
     /// The bytes of one global access, or a report.
@@ -194,7 +255,7 @@ impl Machine<'_> {
         align: u64,
         write: bool,
         lane: usize,
-    ) -> Option<crate::run::Bytes> {
+    ) -> Option<Bytes> {
         let found = self.run.find(address, size, align, write);
         if found.is_none() {
             let (kind, why) = self.run.refusal(address, size, align, write);
@@ -207,7 +268,7 @@ impl Machine<'_> {
     #[inline(always)]
     pub(crate) fn check_conflict(
         &self,
-        bytes: crate::run::Bytes,
+        bytes: Bytes,
         size: u32,
         kind: Kind,
         lane: usize,
@@ -229,7 +290,28 @@ impl Machine<'_> {
         site.sectors += u64::from(sectors);
     }
 
-    /// Checks an access to shared memory, lane by lane. Returns the lanes that may go on.
+    /// The lanes whose access to shared memory leaves the own block or its bounds, or is misaligned.
+    #[inline(always)]
+    pub(crate) fn refused_shared(&self, addresses: &Row<u32>, size: u32) -> u32 {
+        let Some(last) = (self.run.shared_end - SHARED_BASE).checked_sub(size) else { return FULL };
+        let mut refused = 0;
+        for l in 0..LANES {
+            let outside = addresses[l].wrapping_sub(SHARED_BASE) > last;
+            refused |= u32::from(outside | (addresses[l] & (size.min(16) - 1) != 0)) << l;
+        }
+        refused
+    }
+
+    /// Where each lane's bytes of the own shared memory lie.
+    #[inline(always)]
+    pub(crate) fn shared_pointers(&mut self, addresses: &Row<u32>, pointers: &mut Pointers) {
+        let base = self.cta().shared(0);
+        for l in 0..LANES {
+            pointers[l] = base.wrapping_add(addresses[l] as usize);
+        }
+    }
+
+    /// Checks an access to shared memory. Returns the lanes that may go on.
     #[inline(always)]
     pub(crate) fn admit_shared(
         &mut self,
@@ -239,11 +321,37 @@ impl Machine<'_> {
         kind: Kind,
         pointers: &mut Pointers,
     ) -> u32 {
+        let admitted = if self.refused_shared(addresses, size) & active == 0 {
+            if self.run.shadowed {
+                self.shadow_accesses(addresses, active, size, kind);
+            }
+            self.shared_pointers(addresses, pointers);
+            active
+        } else {
+            self.admit_shared_lanes(addresses, active, size, kind, pointers)
+        };
+        if self.run.options.traffic {
+            let (wavefronts, ideal) = count_wavefronts(addresses, active, size);
+            self.count_shared(active.count_ones() * size, wavefronts, ideal);
+        }
+        admitted
+    }
+
+    /// [`admit_shared`](Self::admit_shared) lane by lane: into other blocks, and with reports.
+    #[cold]
+    #[inline(never)]
+    fn admit_shared_lanes(
+        &mut self,
+        addresses: &Row<u32>,
+        active: u32,
+        size: u32,
+        kind: Kind,
+        pointers: &mut Pointers,
+    ) -> u32 {
         let mut admitted = 0;
-        let write = kind != Kind::Read;
         for l in lanes(active) {
             let (rank, address) = self.shared_target(addresses[l]);
-            if !self.shared_in_bounds(rank, address, size, l, write) {
+            if !self.shared_in_bounds(rank, address, size, l, kind != Kind::Read) {
                 continue;
             }
             if self.run.shadowed {
@@ -251,10 +359,6 @@ impl Machine<'_> {
             }
             pointers[l] = self.ctas[rank].shared(address);
             admitted |= 1 << l;
-        }
-        if self.run.options.traffic {
-            let (wavefronts, ideal) = count_wavefronts(addresses, active, size);
-            self.count_shared(active.count_ones() * size, wavefronts, ideal);
         }
         admitted
     }
@@ -332,6 +436,26 @@ pub(crate) unsafe fn all_written(marks: *const u8, size: u32) -> bool {
     }
 }
 
+/// Sets `size` marks.
+///
+/// # Safety
+///
+/// There must be that many marks.
+#[inline(always)]
+pub(crate) unsafe fn mark_written(marks: *mut u8, size: u32) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match size {
+            1 => *marks = 1,
+            2 => marks.cast::<[u8; 2]>().write([1; 2]),
+            4 => marks.cast::<[u8; 4]>().write([1; 4]),
+            8 => marks.cast::<[u8; 8]>().write([1; 8]),
+            16 => marks.cast::<[u8; 16]>().write([1; 16]),
+            _ => std::ptr::write_bytes(marks, 1, size as usize),
+        }
+    }
+}
+
 /// Sectors of 32 bytes that a request touches, each pass of the warp (128 bytes at most) on its own.
 pub(crate) fn count_sectors(addresses: &Row<u64>, active: u32, size: u32) -> u32 {
     let per_pass = (128 / size).min(32) as usize;
@@ -358,25 +482,40 @@ pub(crate) fn count_wavefronts(addresses: &Row<u32>, active: u32, size: u32) -> 
     let per_pass = (128 / size).min(32) as usize;
     let (mut wavefronts, mut ideal) = (0, 0);
     for first in (0..LANES).step_by(per_pass) {
-        if active >> first & (((1u64 << per_pass) - 1) as u32) == 0 {
-            continue;
-        }
-        let mut words = [[0u32; LANES]; 32];
-        let mut depth = [0usize; 32];
-        for l in first..first + per_pass {
-            if active >> l & 1 == 0 {
-                continue;
-            }
-            for word in addresses[l] / 4..=(addresses[l].wrapping_add(size - 1)) / 4 {
-                let bank = word as usize % 32;
-                if !words[bank][..depth[bank]].contains(&word) && depth[bank] < LANES {
-                    words[bank][depth[bank]] = word;
-                    depth[bank] += 1;
-                }
+        let lanes = active >> first & ((1u64 << per_pass) - 1) as u32;
+        ideal += u32::from(lanes != 0);
+        // A misaligned access touches a word more.
+        let mut words = [0; 2 * LANES];
+        let mut n = 0;
+        for l in super::lane::lanes(lanes) {
+            let address = addresses[first + l];
+            for word in address / 4..=address.wrapping_add(size - 1) / 4 {
+                words[n] = word;
+                n += 1;
             }
         }
-        wavefronts += depth.iter().copied().max().unwrap_or(0) as u32;
-        ideal += 1;
+        wavefronts += count_passes(&mut words[..n]);
     }
     (wavefronts, ideal)
+}
+
+/// Passes until all words were served, when each pass serves one word of each bank.
+fn count_passes(mut words: &mut [u32]) -> u32 {
+    let mut passes = 0;
+    while !words.is_empty() {
+        let (mut served, mut taken, mut left) = ([0; 32], 0u32, 0);
+        for n in 0..words.len() {
+            let (word, bank) = (words[n], words[n] as usize % 32);
+            if taken >> bank & 1 == 0 {
+                taken |= 1 << bank;
+                served[bank] = word;
+            } else if served[bank] != word {
+                words[left] = word;
+                left += 1;
+            }
+        }
+        words = &mut words[..left];
+        passes += 1;
+    }
+    passes
 }

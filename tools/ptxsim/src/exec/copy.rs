@@ -1,26 +1,28 @@
 //! `cp.async`: copies from global to shared memory, done as late as a wait allows.
 
 use super::access::{Kind, all_written};
-use super::lane::lanes;
+use super::lane::{LANES, Row, lanes};
 use super::memory::narrow_addresses;
 use super::{Flow, Inst, Instruction, Machine};
-use crate::finding::FindingKind;
+use crate::finding::{FindingKind, Place};
+use crate::run::Bytes;
+use std::collections::VecDeque;
 
-/// A copy that was issued.
-struct Pending {
-    shared: u32,
+/// The copies of an instruction, one for each lane.
+struct Issued {
+    shared: Row<u32>,
     /// Where to read; windows do not move while a launch runs.
-    from: *const u8,
+    from: [*const u8; LANES],
     /// Bytes to read; the rest of `size` is filled with zeros.
-    source: u8,
-    size: u8,
-    lane: u8,
+    sources: Row<u32>,
+    lanes: u32,
+    size: u32,
 }
 
-/// The copies of a warp that are under way, and where its groups end among them.
+/// The copies of a warp that are under way, by instruction, and where its groups end among them.
 #[derive(Default)]
 pub(crate) struct Copies {
-    pending: Vec<Pending>,
+    pending: VecDeque<Issued>,
     groups: Vec<usize>,
 }
 
@@ -39,59 +41,81 @@ impl Instruction for CopyAsync {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let shared = narrow_addresses(x, i);
+        let mut globals = x.warp.registers.get::<u64>(i.b);
         let offset = i64::from(i.d as i32) as u64;
-        let size = u32::from(i.size);
+        globals.iter_mut().for_each(|g| *g = g.wrapping_add(offset));
         let ignored = if i.mode == 1 { x.warp.registers.predicate(x.listed(i, 0)) } else { 0 };
-        let mut globals = [0; 32];
-        let mut reading = 0;
-        for l in lanes(x.active) {
-            let global = x.warp.registers.lane::<u64>(i.b, l).wrapping_add(offset);
-            let wanted = x.warp.registers.lane::<u32>(i.c, l);
-            let source = if ignored >> l & 1 != 0 { 0 } else { wanted.min(size) };
-            let rank = x.rank;
-            if wanted > size {
-                let why = format!("{wanted} source bytes for a copy of {size}");
-                x.report(FindingKind::Operand, l, crate::finding::Place::None, why);
-            }
-            if !x.shared_in_bounds(rank, shared[l], size, l, true) {
-                continue;
-            }
-            let Some(from) = admit_source(x, global, source, size, l) else { continue };
-            if x.run.shadowed {
-                x.shadow_access(rank, shared[l], size, l, Kind::Write);
-                if let Some(shadow) = &mut x.cta().shadow {
-                    shadow.set_pending(shared[l], size, true);
+        let (size, wanted) = (u32::from(i.size), x.warp.registers.words::<u32>(i.c));
+        let (mut sources, mut excessive, mut reading) = ([0; LANES], 0, 0);
+        for l in 0..LANES {
+            sources[l] = if ignored >> l & 1 != 0 { 0 } else { wanted[l].min(size) };
+            excessive |= u32::from(wanted[l] > size) << l;
+            reading |= u32::from(sources[l] > 0) << l;
+        }
+        reading &= x.active;
+        let mut issued = Issued { shared, from: [std::ptr::null(); LANES], sources, lanes: x.active, size };
+        let refused = x.refused_shared(&shared, size) | excessive;
+        match x.run.find_lanes(&globals, reading, &sources, size, false) {
+            Some((window, offsets)) if refused & x.active == 0 => {
+                for l in lanes(reading) {
+                    let bytes = window.at(offsets[l]);
+                    x.visit_source(bytes, globals[l], sources[l], l);
+                    issued.from[l] = bytes.data;
                 }
             }
-            globals[l] = global;
-            reading |= u32::from(source > 0) << l;
-            let (source, size, lane) = (source as u8, size as u8, l as u8);
-            x.warp.copies.pending.push(Pending { shared: shared[l], from, source, size, lane });
+            _ => x.admit_copies(&mut issued, &globals, i),
+        }
+        if x.run.shadowed {
+            x.shadow_accesses(&shared, issued.lanes, size, Kind::Write);
+            if let Some(shadow) = &mut x.cta().shadow {
+                lanes(issued.lanes).for_each(|l| shadow.set_pending(shared[l], size, true));
+            }
         }
         if x.run.options.traffic {
-            x.count_copy(&globals, reading, size);
+            x.count_copy(&globals, reading & issued.lanes, size);
         }
+        x.warp.copies.pending.push_back(issued);
         Flow::Next
     }
 }
 
-/// The source of a copy, if it may be read; a copy of no bytes reads nothing.
-#[inline(always)]
-fn admit_source(x: &Machine<'_>, global: u64, source: u32, size: u32, lane: usize) -> Option<*const u8> {
-    if source == 0 {
-        return Some(std::ptr::null());
-    }
-    let bytes = x.global_bytes(global, source.into(), size.into(), false, lane)?;
-    x.check_conflict(bytes, source, Kind::Read, lane, global);
-    // SAFETY: `source` bytes were admitted, each with its mark.
-    if x.run.uninitialised && !unsafe { all_written(bytes.written, source) } {
-        let why = "copy of bytes that nothing wrote";
-        x.report(FindingKind::Uninitialised, lane, x.run.place(global), why);
-    }
-    Some(bytes.data)
-}
-
 impl Machine<'_> {
+    /// Checks copies lane by lane, with a report for each that may not be; those drop out.
+    #[cold]
+    #[inline(never)]
+    fn admit_copies(&mut self, issued: &mut Issued, globals: &Row<u64>, i: &Inst) {
+        let wanted = *self.warp.registers.words::<u32>(i.c);
+        let size = issued.size;
+        for l in lanes(std::mem::take(&mut issued.lanes)) {
+            if wanted[l] > size {
+                let why = format!("{} source bytes for a copy of {size}", wanted[l]);
+                self.report(FindingKind::Operand, l, Place::None, why);
+            }
+            if !self.shared_in_bounds(self.rank, issued.shared[l], size, l, true) {
+                continue;
+            }
+            let source = issued.sources[l];
+            if source > 0 {
+                let bytes = self.global_bytes(globals[l], source.into(), size.into(), false, l);
+                let Some(bytes) = bytes else { continue };
+                self.visit_source(bytes, globals[l], source, l);
+                issued.from[l] = bytes.data;
+            }
+            issued.lanes |= 1 << l;
+        }
+    }
+
+    /// Looks at the owners and marks of the bytes that a copy reads.
+    #[inline(always)]
+    fn visit_source(&self, bytes: Bytes, global: u64, source: u32, lane: usize) {
+        self.check_conflict(bytes, source, Kind::Read, lane, global);
+        // SAFETY: `source` bytes were admitted, each with its mark.
+        if self.run.uninitialised && !unsafe { all_written(bytes.written, source) } {
+            let why = "copy of bytes that nothing wrote";
+            self.report(FindingKind::Uninitialised, lane, self.run.place(global), why);
+        }
+    }
+
     fn count_copy(&mut self, addresses: &[u64; 32], reading: u32, size: u32) {
         let sectors = super::access::count_sectors(addresses, reading, size);
         let site = &mut self.tally.sites[self.pc as usize];
@@ -99,26 +123,30 @@ impl Machine<'_> {
         site.sectors += u64::from(sectors);
     }
 
-    /// Performs the first `count` copies under way.
+    /// Performs what the first `count` instructions under way copy.
     fn complete_copies(&mut self, count: usize) {
-        let serial = self.warp.serial;
+        let (column, serial) = (self.warp.column, self.warp.serial);
         let cta = &mut self.ctas[self.rank];
         for copy in self.warp.copies.pending.drain(..count) {
-            let to = cta.shared(copy.shared);
-            // SAFETY: both sides were admitted when the copy was issued.
-            unsafe {
-                if copy.source == 16 {
-                    copy_16(copy.from, to);
-                } else {
-                    std::ptr::write_bytes(to, 0, copy.size.into());
-                    if copy.source > 0 {
-                        std::ptr::copy_nonoverlapping(copy.from, to, copy.source.into());
+            for l in lanes(copy.lanes) {
+                let (to, source) = (cta.shared(copy.shared[l]), copy.sources[l] as usize);
+                // SAFETY: both sides were admitted when the copy was issued.
+                unsafe {
+                    if source == 16 {
+                        copy_16(copy.from[l], to);
+                    } else {
+                        std::ptr::write_bytes(to, 0, copy.size as usize);
+                        if source > 0 {
+                            std::ptr::copy_nonoverlapping(copy.from[l], to, source);
+                        }
                     }
                 }
             }
             if let Some(shadow) = &mut cta.shadow {
-                shadow.set_pending(copy.shared, copy.size.into(), false);
-                shadow.arrived(copy.shared, copy.size.into(), self.warp.column, copy.lane, serial);
+                for l in lanes(copy.lanes) {
+                    shadow.set_pending(copy.shared[l], copy.size, false);
+                    shadow.arrived(copy.shared[l], copy.size, column, l as u8, serial);
+                }
             }
         }
         for group in &mut self.warp.copies.groups {

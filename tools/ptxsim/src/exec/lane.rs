@@ -21,6 +21,8 @@ pub(crate) trait Lane: Copy {
     fn unpack(word: Self::Word) -> Self;
     /// The word of a value; bits beyond the type are zero.
     fn pack(self) -> Self::Word;
+    /// `new` if `bit` is one, `old` if it is zero: by masks, since a branch for each lane is slow and large.
+    fn choose(bit: u32, new: Self::Word, old: Self::Word) -> Self::Word;
 }
 
 macro_rules! lane {
@@ -36,6 +38,11 @@ macro_rules! lane {
             fn pack(self) -> $word {
                 let $v = self;
                 $pack
+            }
+            #[inline(always)]
+            fn choose(bit: u32, new: $word, old: $word) -> $word {
+                let mask = <$word>::from(bit).wrapping_neg();
+                new & mask | old & !mask
             }
         }
     };
@@ -158,7 +165,7 @@ impl Registers {
             }
         } else {
             for l in 0..LANES {
-                words[l] = if active >> l & 1 != 0 { values[l].pack() } else { words[l] };
+                words[l] = T::choose(active >> l & 1, values[l].pack(), words[l]);
             }
         }
     }

@@ -19,6 +19,7 @@ pub(crate) mod lane;
 pub(crate) mod matrix;
 pub(crate) mod mbarrier;
 pub(crate) mod memory;
+pub(crate) mod product;
 pub(crate) mod shadow;
 pub(crate) mod team;
 pub(crate) mod warp;
@@ -103,6 +104,20 @@ pub(crate) fn vector_host() -> bool {
             && is_x86_feature_detected!("bmi2")
             && is_x86_feature_detected!("popcnt")
             && is_x86_feature_detected!("lzcnt")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Whether the host has AVX-512, for the few instructions that have a version for it.
+pub(crate) fn wide_host() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        vector_host()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
     }
     #[cfg(not(target_arch = "x86_64"))]
     false

@@ -4,7 +4,7 @@ use super::Machine;
 use super::barrier::Barrier;
 use super::bulk::Transfer;
 use super::mbarrier::Mbarrier;
-use super::shadow::Shadow;
+use super::shadow::{COLUMNS, Shadow};
 use super::warp::{State, Turn, Warp, run_warp};
 use crate::counters::Tally;
 use crate::finding::{FindingKind, Place};
@@ -127,7 +127,7 @@ impl Team {
         let warps = warps_of(run);
         // Per block: its warps, its warpgroups, loads and stores.
         let width = warps + warps.div_ceil(4) + 2;
-        let columns = if run.shadowed { size * width } else { 0 };
+        let columns = if run.shadowed { (size * width).next_multiple_of(COLUMNS) } else { 0 };
         Self {
             ctas: (0..size).map(|rank| Cta::new(run, rank, columns, width)).collect(),
             warps: (0..size * warps)

@@ -4,9 +4,8 @@
 //! its registers are watched, until a `wait_group` that all four warps have reached.
 
 use super::access::{Kind, agent, shared_place};
-use super::matrix::{
-    BFloat, Float16, Half, four_rows, multiply_add, read_accumulators, tf32, write_accumulators,
-};
+use super::lane::LANES;
+use super::product::{BFloat, Element, Float16, Tf32};
 use super::team::{BARRIERS, Columns};
 use super::warp::{Warp, uniform};
 use super::{Flow, Inst, Instruction, Machine};
@@ -165,52 +164,20 @@ impl Descriptor {
     }
 }
 
-/// The element of a product: its size and how a word of 16 bytes unpacks.
-pub(crate) trait Element {
-    /// Elements in 16 bytes.
-    const PER_UNIT: usize;
-    fn unpack(bytes: [u8; 16]) -> [f32; 8];
-    /// The A fragment in registers: 16 rows of `K`.
-    fn fragment(word: u32) -> (f32, f32);
+/// Elements in 16 bytes.
+const fn per_unit<E: Element>() -> usize {
+    4 * E::PARTS
 }
 
-impl<H: Half> Element for H {
-    const PER_UNIT: usize = 8;
-
-    #[inline(always)]
-    fn unpack(bytes: [u8; 16]) -> [f32; 8] {
-        let mut out = [0.0; 8];
-        for (n, value) in out.iter_mut().enumerate() {
-            *value = H::to_f32(u16::from_le_bytes([bytes[2 * n], bytes[2 * n + 1]]));
-        }
-        out
+/// The elements of 16 bytes.
+#[inline(always)]
+fn unpack<E: Element>(bytes: [u8; 16]) -> [f32; 8] {
+    let mut out = [0.0; 8];
+    let (words, _) = bytes.as_chunks::<4>();
+    for (n, value) in out[..per_unit::<E>()].iter_mut().enumerate() {
+        *value = E::part(u32::from_le_bytes(words[n / E::PARTS]), n % E::PARTS);
     }
-
-    #[inline(always)]
-    fn fragment(word: u32) -> (f32, f32) {
-        (H::to_f32(word as u16), H::to_f32((word >> 16) as u16))
-    }
-}
-
-/// `tf32` elements.
-pub(crate) struct Tf32;
-
-impl Element for Tf32 {
-    const PER_UNIT: usize = 4;
-
-    #[inline(always)]
-    fn unpack(bytes: [u8; 16]) -> [f32; 8] {
-        let mut out = [0.0; 8];
-        let (words, _) = bytes.as_chunks::<4>();
-        for (value, word) in out.iter_mut().zip(words) {
-            *value = tf32(u32::from_le_bytes(*word));
-        }
-        out
-    }
-
-    fn fragment(word: u32) -> (f32, f32) {
-        (tf32(word), 0.0)
-    }
+    out
 }
 
 /// Bits of `mode`.
@@ -250,19 +217,61 @@ impl<E: Element, const K: usize> Instruction for Wgmma<E, K> {
         let b = Descriptor::decode(uniform(x, i.b));
         for n in 0..columns {
             let right = shared_b::<E, K>(x, b, n as u32 * 8, i.mode & B_TRANSPOSED == 0);
-            let sums = four_rows(x, i, n * 4);
+            let sums = [0, 1, 2, 3].map(|row| x.listed(i, n * 4 + row));
             let mut c = if keep { read_accumulators(x, sums) } else { [[0.0; 8]; 16] };
             multiply_add(&a, &right, &mut c);
             write_accumulators(x, sums, &c);
         }
         if x.run.checks.has(FindingKind::WgmmaRegister) {
-            let watched = rows + if i.mode & A_IN_REGISTERS != 0 { K / E::PER_UNIT * 2 } else { 0 };
+            let watched = rows + if i.mode & A_IN_REGISTERS != 0 { K / per_unit::<E>() * 2 } else { 0 };
             for n in 0..watched {
                 let row = x.listed(i, n);
                 x.warp.wgmma.watch(row);
             }
         }
         Flow::Next
+    }
+}
+
+/// `c += a b`, column by column of `a`, each step fused.
+#[inline(always)]
+fn multiply_add<const K: usize>(a: &[[f32; K]; 16], b: &[[f32; 8]; K], c: &mut [[f32; 8]; 16]) {
+    // Eight rows at a time keep enough sums in flight to hide the latency of the multiply-add.
+    for r in [0, 8] {
+        let mut sums = [[0.0; 8]; 8];
+        sums.copy_from_slice(&c[r..r + 8]);
+        for k in 0..K {
+            for q in 0..8 {
+                let left = a[r + q][k];
+                for n in 0..8 {
+                    sums[q][n] = left.mul_add(b[k][n], sums[q][n]);
+                }
+            }
+        }
+        c[r..r + 8].copy_from_slice(&sums);
+    }
+}
+
+/// Accumulators of `f32`: lane `4 g + t` has columns `2 t`, `2 t + 1` of rows `g` (first two) and `g + 8`.
+#[inline(always)]
+fn read_accumulators(x: &Machine<'_>, rows: [u32; 4]) -> [[f32; 8]; 16] {
+    let mut c = [[0.0; 8]; 16];
+    for (n, row) in rows.into_iter().enumerate() {
+        let words = x.warp.registers.words::<u32>(row);
+        for l in 0..LANES {
+            c[l / 4 + n / 2 * 8][2 * (l % 4) + n % 2] = f32::from_bits(words[l]);
+        }
+    }
+    c
+}
+
+#[inline(always)]
+fn write_accumulators(x: &mut Machine<'_>, rows: [u32; 4], c: &[[f32; 8]; 16]) {
+    for (n, row) in rows.into_iter().enumerate() {
+        let words = x.warp.registers.words_mut::<u32>(row);
+        for l in 0..LANES {
+            words[l] = c[l / 4 + n / 2 * 8][2 * (l % 4) + n % 2].to_bits();
+        }
     }
 }
 
@@ -280,10 +289,8 @@ fn registers_a<E: Element, const K: usize>(x: &Machine<'_>, i: &Inst, first: usi
         let words = x.warp.registers.words::<u32>(x.listed(i, first + n));
         for l in 0..32 {
             let (row, column) = (l / 4 + n % 2 * 8, n / 2 * half + l % 4 * per_lane);
-            let (low, high) = E::fragment(words[l]);
-            a[row][column] = low;
-            if per_lane == 2 {
-                a[row][column + 1] = high;
+            for part in 0..E::PARTS {
+                a[row][column + part] = E::part(words[l], part);
             }
         }
     }
@@ -301,18 +308,18 @@ fn shared_a<E: Element, const K: usize>(
     let mut a = [[0.0; K]; 16];
     if k_major {
         for (r, row) in a.iter_mut().enumerate() {
-            for unit in 0..K / E::PER_UNIT {
-                let values = E::unpack(read_unit(x, d.unit(first + r as u32, unit as u32, true)));
-                row[unit * E::PER_UNIT..][..E::PER_UNIT].copy_from_slice(&values[..E::PER_UNIT]);
+            for unit in 0..K / per_unit::<E>() {
+                let values = unpack::<E>(read_unit(x, d.unit(first + r as u32, unit as u32, true)));
+                row[unit * per_unit::<E>()..][..per_unit::<E>()].copy_from_slice(&values[..per_unit::<E>()]);
             }
         }
     } else {
         for k in 0..K {
-            for unit in 0..16 / E::PER_UNIT {
-                let along = first / E::PER_UNIT as u32 + unit as u32;
-                let values = E::unpack(read_unit(x, d.unit(k as u32, along, false)));
-                for (n, v) in values[..E::PER_UNIT].iter().enumerate() {
-                    a[unit * E::PER_UNIT + n][k] = *v;
+            for unit in 0..16 / per_unit::<E>() {
+                let along = first / per_unit::<E>() as u32 + unit as u32;
+                let values = unpack::<E>(read_unit(x, d.unit(k as u32, along, false)));
+                for (n, v) in values[..per_unit::<E>()].iter().enumerate() {
+                    a[unit * per_unit::<E>() + n][k] = *v;
                 }
             }
         }
@@ -331,19 +338,19 @@ fn shared_b<E: Element, const K: usize>(
     let mut b = [[0.0; 8]; K];
     if k_major {
         for c in 0..8 {
-            for unit in 0..K / E::PER_UNIT {
-                let values = E::unpack(read_unit(x, d.unit(first + c as u32, unit as u32, true)));
-                for (n, v) in values[..E::PER_UNIT].iter().enumerate() {
-                    b[unit * E::PER_UNIT + n][c] = *v;
+            for unit in 0..K / per_unit::<E>() {
+                let values = unpack::<E>(read_unit(x, d.unit(first + c as u32, unit as u32, true)));
+                for (n, v) in values[..per_unit::<E>()].iter().enumerate() {
+                    b[unit * per_unit::<E>() + n][c] = *v;
                 }
             }
         }
     } else {
         for (k, row) in b.iter_mut().enumerate() {
-            for unit in 0..8 / E::PER_UNIT {
-                let along = first / E::PER_UNIT as u32 + unit as u32;
-                let values = E::unpack(read_unit(x, d.unit(k as u32, along, false)));
-                row[unit * E::PER_UNIT..][..E::PER_UNIT].copy_from_slice(&values[..E::PER_UNIT]);
+            for unit in 0..8 / per_unit::<E>() {
+                let along = first / per_unit::<E>() as u32 + unit as u32;
+                let values = unpack::<E>(read_unit(x, d.unit(k as u32, along, false)));
+                row[unit * per_unit::<E>()..][..per_unit::<E>()].copy_from_slice(&values[..per_unit::<E>()]);
             }
         }
     }
