@@ -40,6 +40,9 @@ const LIMIT: u64 = 300_000_000;
 /// Applications that do more are not asked again and again with poison.
 const SECRET_FLOPS: u64 = 16_000_000;
 
+/// The same for rungs, of which there are many.
+const RUNG_FLOPS: u64 = 150_000;
+
 /// What may stand where nobody looks. The last is 3e38 in bf16.
 const POISON: [f64; 3] = [f64::NAN, f64::INFINITY, 2.990_487_403_754_736_6e38];
 
@@ -59,7 +62,7 @@ struct Question {
 }
 
 /// An application, and what some of its results must not depend on.
-struct Secret {
+pub struct Secret {
     case: String,
     application: Application,
     hidings: Vec<Hiding>,
@@ -68,6 +71,8 @@ struct Secret {
 /// Elements of the operands that are poisoned, and what that does to the results.
 struct Hiding {
     what: String,
+    /// The operands, where contracts of rungs say of each whether it is safe to poison what a mask hides of it.
+    operands: &'static [&'static str],
     /// Of the operands.
     poisoned: Vec<Part>,
     /// Of the results: what may change, and becomes NaN if the poison is.
@@ -93,6 +98,31 @@ pub fn simulator(target: Target, schedule: usize, kernels: &[Module]) -> SimDevi
     SimDevice::new(SimOptions { target, simulation, kernels: kernels.to_vec() }).unwrap()
 }
 
+/// A result that changes with what it must not depend on.
+pub struct Leak {
+    /// What was poisoned, where contracts of rungs speak of it.
+    pub operands: &'static [&'static str],
+    /// Where and how.
+    pub what: String,
+}
+
+/// What results of a rung must not depend on, and how that is asked: as of the op's own kernel, the gradient and what
+/// is large left out.
+///
+/// # Panics
+/// If a case is refused.
+pub fn secrets(op: &str) -> Vec<Secret> {
+    if op == "attention" {
+        return attended::secrets(&[64]).into_iter().filter(|s| s.application.op.name() == op).collect();
+    }
+    let own = cases::all().into_iter().filter(|case| case.op == op);
+    let small = |(_, a): &(String, Application)| a.op.name() == op && a.cost().flops <= RUNG_FLOPS;
+    own.flat_map(|case| applications(&case))
+        .filter(small)
+        .filter_map(|(case, a)| rows::secret(&case, &a))
+        .collect()
+}
+
 /// Every fault that the exam of a module finds in these kernels, where they stand in for the shipped ones.
 pub fn faults(stem: &str, kernels: &[Module]) -> Vec<String> {
     Exam::new(stem).faults(kernels).collect()
@@ -106,12 +136,17 @@ impl Exam {
     pub fn new(stem: &str) -> Exam {
         let tables = tables(stem);
         let about = |c: &&Case| tables.contains(&c.op);
-        let mut questions: Vec<Question> = cases::all().iter().filter(about).flat_map(questions).collect();
+        let all = cases::all();
+        let all = all.iter().filter(about).flat_map(applications);
+        let mut questions: Vec<Question> = all.map(question).collect();
         // The small first: a fault shows soon.
         questions.sort_by_key(Question::flops);
         let secrets = match stem {
-            "attention" | "attention_decode" => attended::secrets(),
-            _ => questions.iter().filter(|q| q.flops() <= SECRET_FLOPS).filter_map(rows::secret).collect(),
+            "attention" | "attention_decode" => attended::secrets(&[32, 64, 128]),
+            _ => {
+                let small = questions.iter().filter(|q| q.flops() <= SECRET_FLOPS);
+                small.filter_map(|q| rows::secret(&q.case, &q.application)).collect()
+            }
         };
         Exam { questions, secrets }
     }
@@ -159,7 +194,7 @@ impl Exam {
     /// Where poison comes through, or does not come through where it should.
     pub fn leaks<'a>(&'a self, kernels: &'a [Module]) -> impl Iterator<Item = String> + 'a {
         let mut machine = simulator(Target::A100, 0, kernels);
-        self.secrets.iter().flat_map(move |secret| secret.ask(&mut machine))
+        self.secrets.iter().flat_map(move |s| s.leaks(&s.application, &mut machine)).map(|leak| leak.what)
     }
 }
 
@@ -177,15 +212,16 @@ fn tables(stem: &str) -> Vec<&str> {
 }
 
 /// What a case asks of its op and the gradient, on every storage type that there are kernels for.
-fn questions(case: &Case) -> Vec<Question> {
+fn applications(case: &Case) -> Vec<(String, Application)> {
     let own = |a: &Application| !matches!(a.plan(Some(&TARGETS[0])), Err(Error::NoKernel { .. }));
     let of = |float| agreement::applications(case, float, &mut agreement::cpu().unwrap()).unwrap();
     let all = [DType::Bf16, DType::F32].into_iter().flat_map(of).filter(own);
-    all.map(|application| {
-        let (expected, targets) = (application.expected().unwrap(), targets(&application));
-        Question { case: format!("{case:?}"), application, expected, targets }
-    })
-    .collect()
+    all.map(|application| (format!("{case:?}"), application)).collect()
+}
+
+fn question((case, application): (String, Application)) -> Question {
+    let (expected, targets) = (application.expected().unwrap(), targets(&application));
+    Question { case, application, expected, targets }
 }
 
 /// Of [`TARGETS`], those whose launches differ.
@@ -240,22 +276,36 @@ impl Question {
 }
 
 impl Secret {
-    fn ask(&self, machine: &mut dyn Device) -> Vec<String> {
-        let fault = |what: &str| format!("{}: {}: {what}", self.case, self.application.op.name());
-        let clean = match self.application.run(machine) {
+    /// The application.
+    pub fn application(&self) -> &Application {
+        &self.application
+    }
+
+    /// The operands of which a mask hides parts, where contracts of rungs speak of that.
+    pub fn masked(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.hidings.iter().flat_map(|hiding| hiding.operands.iter().copied())
+    }
+
+    /// Where poison comes through, or does not come through where it should, in this implementation of the
+    /// application.
+    pub fn leaks(&self, on: &Application, machine: &mut dyn Device) -> Vec<Leak> {
+        let fault = |operands, what: &str| Leak {
+            operands,
+            what: format!("{}: {}: {what}", self.case, self.application.op.name()),
+        };
+        let clean = match on.run(machine) {
             Ok(clean) => clean,
-            Err(e) => return vec![fault(&e.to_string())],
+            Err(e) => return vec![fault(&[], &e.to_string())],
         };
         let ask = |(n, hiding): (usize, &Hiding)| {
             // NaN says most; infinity and a number near it take turns.
             [POISON[0], POISON[1 + n % 2]].map(|poison| {
+                let leak = match hiding.application(on, poison).run(machine) {
+                    Ok(have) => hiding.leak(&clean, &have, poison),
+                    Err(e) => Some(e.to_string()),
+                };
                 let what = format!("poison: {} = {poison:.0e}", hiding.what);
-                match hiding.application(&self.application, poison).run(machine) {
-                    Ok(have) => {
-                        hiding.leak(&clean, &have, poison).map(|leak| fault(&format!("{what}: {leak}")))
-                    }
-                    Err(e) => Some(fault(&format!("{what}: {e}"))),
-                }
+                leak.map(|leak| fault(hiding.operands, &format!("{what}: {leak}")))
             })
         };
         self.hidings.iter().enumerate().flat_map(ask).flatten().collect()

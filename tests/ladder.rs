@@ -2,8 +2,9 @@
 use std::{collections::BTreeSet, fs, sync::Arc};
 use transfusion_core::{Error, tensor::Host};
 use transfusion_ptx::Module;
+use transfusion_ptxsim::SimDevice;
 use transfusion_tests::{
-    judge::simulator,
+    judge::{self, Secret, simulator},
     rungs::{self, LADDERS, Rung, TARGET},
 };
 
@@ -17,6 +18,7 @@ const CASES: usize = 10;
 fn climb(op: &str) {
     let applications = rungs::applications(op, FLOPS);
     let expected: Vec<_> = applications.iter().map(|a| a.expected().unwrap()).collect();
+    let secrets = judge::secrets(op);
     let mut faults = vec![];
     for rung in Rung::of(op).into_iter().map(Arc::new) {
         let mut machines = [0, 1].map(|s| simulator(TARGET, s, std::slice::from_ref(&rung.module)));
@@ -45,6 +47,7 @@ fn climb(op: &str) {
             }
             taken += 1;
         }
+        faults.extend(untrue(op, &rung, &secrets, &mut machines[0]));
         let launched = machines[0].counters();
         let entries = rung.module.entries().unwrap().into_iter().map(|e| e.name);
         let left: Vec<String> = entries.filter(|name| !launched.contains_key(name)).collect();
@@ -52,6 +55,31 @@ fn climb(op: &str) {
         assert!(taken >= CASES, "{op}/{} takes {taken} cases: {refused}", rung.name);
     }
     assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults[..faults.len().min(5)].join("\n"));
+}
+
+/// What is not as a rung's contract says: where poison comes through that it hides, or that no mask has to hide; and the
+/// operands that it says nothing of, though it hides them.
+fn untrue(op: &str, rung: &Arc<Rung>, secrets: &[Secret], machine: &mut SimDevice) -> Vec<String> {
+    let hides = |name: &&str| rung.hides.iter().any(|own| own == name);
+    let (mut faults, mut silent) = (vec![], BTreeSet::new());
+    let mut open = BTreeSet::new();
+    for secret in secrets {
+        let on = rung.application(secret.application());
+        if matches!(on.plan(Some(&TARGET)), Err(Error::NoKernel { .. })) {
+            continue;
+        }
+        silent.extend(secret.masked().filter(|name| !hides(name)));
+        for leak in secret.leaks(&on, machine) {
+            match leak.operands {
+                [one] if !hides(one) => drop(open.insert(*one)),
+                all if all.iter().all(hides) => faults.push(format!("{op}/{}: {}", rung.name, leak.what)),
+                _ => {}
+            }
+        }
+    }
+    silent.retain(|name| !open.contains(name));
+    faults.extend(silent.iter().map(|name| format!("{op}/{} hides {name}, and could say so", rung.name)));
+    faults
 }
 
 fn same_bits(a: &[Host], b: &[Host]) -> bool {
@@ -102,6 +130,20 @@ fn a_rung_without_its_barriers_is_found() {
     let mut machine = simulator(TARGET, 0, std::slice::from_ref(&rung.module));
     let said = Arc::new(rung).application(&a).run(&mut machine).unwrap_err().to_string();
     assert!(said.contains("race"), "{said}");
+}
+
+#[test]
+fn a_contract_that_says_too_much_or_too_little_is_found() {
+    let secrets = judge::secrets("attention");
+    let said = |name: &str, hides: &[&str]| {
+        let mut rung = Rung::of("attention").into_iter().find(|rung| rung.name == name).unwrap();
+        rung.hides = hides.iter().map(|name| name.to_string()).collect();
+        let mut machine = simulator(TARGET, 0, std::slice::from_ref(&rung.module));
+        untrue("attention", &Arc::new(rung), &secrets, &mut machine)
+    };
+    let too_much = said("tensor_core", &["k", "v"]);
+    assert!(too_much.iter().any(|f| f.contains("poison: v") && f.contains("becomes NaN")), "{too_much:?}");
+    assert_eq!(said("shared_tile", &["k"]), ["attention/shared_tile hides v, and could say so"]);
 }
 
 #[test]

@@ -51,6 +51,8 @@ pub struct Rung {
     /// Its PTX.
     pub module: Module,
     rows: Vec<Row>,
+    /// Operands of which anything may stand where a mask hides it.
+    pub hides: Vec<String>,
     /// Conditions on the sizes.
     needs: Vec<String>,
     /// Buffers of its own, and their bytes.
@@ -80,6 +82,7 @@ impl Rung {
                 name: name.to_string(),
                 module: Module::new(TARGET.arch, stem, ptx),
                 rows: contract.rows,
+                hides: line("Hides ").collect(),
                 needs: line("Needs ").collect(),
                 scratch: line("Scratch ").map(|text| pair(text).unwrap()).collect(),
                 shipped: shipped.clone(),

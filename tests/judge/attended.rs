@@ -21,9 +21,9 @@ struct Attended {
     end: Vec<i32>,
 }
 
-/// What the results of attention and of its gradient must not depend on, for every head width.
-pub(super) fn secrets() -> Vec<Secret> {
-    [32, 64, 128].into_iter().flat_map(all).flat_map(|a| a.secrets()).collect()
+/// What the results of attention and of its gradient must not depend on, for heads of these widths.
+pub(super) fn secrets(widths: &[usize]) -> Vec<Secret> {
+    widths.iter().copied().flat_map(all).flat_map(|a| a.secrets()).collect()
 }
 
 fn all(width: usize) -> Vec<Attended> {
@@ -96,31 +96,34 @@ impl Attended {
         .ints(mask, &self.end)
     }
 
-    /// Keys are poisoned: as seen by no query of a row, whole, by value alone, of one head.
+    /// Keys are poisoned: as seen by no query of a row, whole, by key or value alone, of one head.
     fn forward(&self) -> Vec<Hiding> {
-        let mut all: Vec<Hiding> = self
-            .hidden_keys()
-            .into_iter()
-            .map(|(what, keys)| self.keys_forward(format!("keys and values {what}"), &keys, true))
-            .collect();
-        let values = self.hidden_keys().into_iter().take(1);
-        all.extend(values.map(|(what, keys)| self.keys_forward(format!("values {what}"), &keys, false)));
-        all
+        let of = |operands: &'static [&'static str]| {
+            let each = self.hidden_keys().into_iter();
+            each.map(move |(what, keys)| self.keys_forward(what, &keys, operands))
+        };
+        of(&["k", "v"]).chain(of(&["k"]).take(1)).chain(of(&["v"]).take(1)).collect()
     }
 
-    fn keys_forward(&self, what: String, keys: &dyn Fn(Key) -> bool, both: bool) -> Hiding {
+    fn keys_forward(
+        &self,
+        what: String,
+        keys: &dyn Fn(Key) -> bool,
+        operands: &'static [&'static str],
+    ) -> Hiding {
+        let [by_key, by_value] = ["k", "v"].map(|name| operands.contains(&name));
         let (mut poisoned, mut touched) = (vec![], vec![]);
         for key in self.all_keys().filter(|k| keys(*k)) {
-            poisoned.push(self.value(key));
-            poisoned.extend(both.then(|| self.key(key)));
+            poisoned.extend(by_key.then(|| self.key(key)));
+            poisoned.extend(by_value.then(|| self.value(key)));
         }
         for query in self.all_queries() {
             if self.seen_by(query).any(keys) {
                 touched.push(self.o(query));
-                touched.extend(both.then(|| self.lse(query)));
+                touched.extend(by_key.then(|| self.lse(query)));
             }
         }
-        Hiding { what, poisoned, touched }
+        Hiding { what: format!("{} {what}", operands.join(", ")), operands, poisoned, touched }
     }
 
     fn backward(&self, a: &Application) -> Vec<Hiding> {
@@ -143,7 +146,7 @@ impl Attended {
         }
         let seeing = self.all_queries().filter(|q| self.seen_by(*q).any(keys));
         touched.extend(seeing.map(|q| self.query(q)));
-        Hiding { what, poisoned, touched }
+        Hiding { what, operands: &[], poisoned, touched }
     }
 
     /// `last` is the position of do; before it stand o and lse.
@@ -161,7 +164,7 @@ impl Attended {
                 touched.extend([self.key(key), self.value(key)]);
             }
         }
-        Hiding { what: format!("q, o, lse, do {what}"), poisoned, touched }
+        Hiding { what: format!("q, o, lse, do {what}"), operands: &[], poisoned, touched }
     }
 
     /// Sets of keys: what a query does not see, and one head.

@@ -1,26 +1,25 @@
 //! Rows and columns of products, norms and losses that results do not depend on.
-use super::{Hiding, Part, Question, Secret};
+use super::{Hiding, Part, Secret};
 use transfusion_core::{agreement::Application, tensor::Spec};
 
 /// What results of an application of RMSNorm, a product or a cross entropy must not depend on.
-pub(super) fn secret(question: &Question) -> Option<Secret> {
-    let (ins, outs) = (&question.application.specs, &question.expected.outs);
-    let hidings = match question.application.op.name() {
+pub(super) fn secret(case: &str, application: &Application) -> Option<Secret> {
+    let (ins, outs) = (&application.specs, &application.op.infer(&application.specs).unwrap());
+    let hidings = match application.op.name() {
         "rmsnorm" => rmsnorm(ins, outs),
         "rmsnorm_bwd" => rmsnorm_bwd(ins, outs),
         "linear" => linear(ins, outs),
         "linear_dx" => linear_dx(ins, outs),
         "linear_dw" => linear_dw(ins, outs),
-        "cross_entropy" => cross_entropy(ins, &targets(question)),
-        "cross_entropy_bwd" => cross_entropy_bwd(ins, outs, &targets(question)),
+        "cross_entropy" => cross_entropy(ins, &targets(application)),
+        "cross_entropy_bwd" => cross_entropy_bwd(ins, outs, &targets(application)),
         _ => return None,
     };
-    let (case, application) = (question.case.clone(), question.application.clone());
-    Some(Secret { case, application, hidings })
+    Some(Secret { case: case.into(), application: application.clone(), hidings })
 }
 
 fn hiding(what: String, poisoned: Vec<Part>, touched: Vec<Part>) -> Hiding {
-    Hiding { what, poisoned, touched }
+    Hiding { what, operands: &[], poisoned, touched }
 }
 
 /// Row `r` of operand or result `i`.
@@ -103,8 +102,7 @@ fn linear_dw(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
 }
 
 /// Whether each row of an application of cross entropy has a target.
-fn targets(question: &Question) -> Vec<bool> {
-    let Application { specs, ins, .. } = &question.application;
+fn targets(Application { specs, ins, .. }: &Application) -> Vec<bool> {
     let vocabulary = specs[1].shape.rows() as f64;
     ins[2].to_f64().iter().map(|t| (0.0..vocabulary).contains(t)).collect()
 }

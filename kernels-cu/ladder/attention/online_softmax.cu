@@ -10,6 +10,7 @@
 // entry                              grid     block  shared  arguments                                                              bytes                       flops
 // attention_fwd_online_softmax_bf16  T/4,H,B  128    0       o lse | q k v row_start row_end | T Tk H G q_stride kv_stride | scale  2B(2TH+2TkH/G)D+4BTH+8BT  4BHTTkD
 //
+// Hides   k, v
 // Needs   D == 64
 // Rounds  once, on store; everything between in f32.
 #include "common/interval.cuh"

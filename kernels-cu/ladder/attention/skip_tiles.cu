@@ -11,6 +11,7 @@
 // entry                          grid      block  shared  arguments                                                              bytes                       flops
 // attention_fwd_skip_tiles_bf16  T/64,H,B  128    24592   o lse | q k v row_start row_end | T Tk H G q_stride kv_stride | scale  2B(2TH+2TkH/G)D+4BTH+8BT  4BHTTkD
 //
+// Hides   k
 // Needs   D == 64
 // Rounds  p to bf16 as a factor; o once, on store; sums in f32.
 #include "common/interval.cuh"

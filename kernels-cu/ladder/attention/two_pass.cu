@@ -12,6 +12,7 @@
 // attention_fwd_two_pass_values_bf16   D/32,T/4,BH    32x4   0       o | scores v | T Tk H G D kv_stride |                        4BHTTk+2B(TH+TkH/G)D      2BHTTkD
 //
 // Scratch scores 4BHTTk
+// Hides   k
 // Needs   D % 32 == 0
 // Rounds  once, on store; everything between in f32.
 #include "common/interval.cuh"
@@ -42,11 +43,12 @@ extern "C" __global__ void __launch_bounds__(128)
     float top = -INFINITY, total = 0.0f;
     for (u32 j = lane; j < keys; j += 32) top = fmaxf(top, scores[j]);
     top = warp_reduce<Max>(top);
-    const bool some = top > -INFINITY;
-    for (u32 j = lane; j < keys; j += 32) total += some ? exp2_fast(scores[j] - top) : 0.0f;
+    // A query that sees nothing has no largest score, and a sum of zero.
+    const float base = top == -INFINITY ? 0.0f : top;
+    for (u32 j = lane; j < keys; j += 32) total += exp2_fast(scores[j] - base);
     total = warp_reduce<Sum>(total);
-    for (u32 j = lane; j < keys; j += 32) scores[j] = some ? exp2_fast(scores[j] - top) / total : 0.0f;
-    if (lane == 0) lse[row] = some ? (top + log2_fast(total)) * LN_2 : 0.0f;
+    for (u32 j = lane; j < keys; j += 32) scores[j] = total == 0.0f ? 0.0f : exp2_fast(scores[j] - base) / total;
+    if (lane == 0) lse[row] = total == 0.0f ? 0.0f : (base + log2_fast(total)) * LN_2;
 }
 
 extern "C" __global__ void __launch_bounds__(128)
