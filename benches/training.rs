@@ -1,14 +1,21 @@
-//! The whole training step of the presets that train on a CPU, and its distinct ops, each summed over a
-//! step: `cargo bench -p transfusion-benches`.
+//! Whole training steps of the presets that train on a CPU, and every distinct op of their plans of training and
+//! sampling, alone: `cargo bench -p transfusion-benches --bench training`.
 use criterion::{Criterion, criterion_group, criterion_main};
-use std::{collections::BTreeMap, time::Duration};
-use transfusion::{engine::Program, model::LossOptions};
-use transfusion_benches::training;
+use std::time::Duration;
+use transfusion::{engine::cpu, run::RunConfig};
+use transfusion_benches::{
+    Result,
+    ops::{Alone, Distinct, distinct},
+    step, training,
+};
+use transfusion_core::device::Device;
+
+const PRESETS: [&str; 2] = ["tiny", "text-tiny"];
 
 fn steps(c: &mut Criterion) {
     let mut group = c.benchmark_group("step");
     group.sample_size(20);
-    for preset in ["tiny", "text-tiny"] {
+    for preset in PRESETS {
         let Ok(mut step) = training(preset, 0) else { continue };
         group.bench_function(preset, |b| b.iter(|| step.take()));
     }
@@ -16,33 +23,37 @@ fn steps(c: &mut Criterion) {
 }
 
 fn ops(c: &mut Criterion) {
-    for preset in ["tiny", "text-tiny"] {
-        let Ok((mut trainer, batch)) = training(preset, 0) else { continue };
-        // One step feeds the program's inputs.
-        if trainer.step(std::slice::from_ref(&batch)).is_err() {
-            continue;
+    for preset in PRESETS {
+        if let Err(e) = ops_of(c, preset) {
+            eprintln!("{preset}: {e}");
         }
-        let program = Program::Loss(trainer.capacity(), LossOptions::TRAIN);
-        let engine = trainer.engine();
-        let (Ok(plan), Ok(id)) = (engine.plan(program), engine.open(program)) else { continue };
-        let mut group = c.benchmark_group(format!("ops of {preset}"));
-        group.sample_size(10);
-        let names: BTreeMap<&str, ()> = plan.steps.iter().map(|s| (s.op.name(), ())).collect();
-        for name in names.keys() {
-            group.bench_function(*name, |b| {
-                b.iter_custom(|n| {
-                    let mut sum = Duration::ZERO;
-                    for _ in 0..n {
-                        let times = engine.device().profile(id).unwrap_or_default();
-                        let of = plan.steps.iter().zip(times).filter(|(s, _)| s.op.name() == *name);
-                        sum += of.map(|(_, t)| t).sum::<Duration>();
-                    }
-                    sum
-                });
-            });
-        }
-        group.finish();
     }
+}
+
+fn ops_of(c: &mut Criterion, preset: &str) -> Result<()> {
+    let config = RunConfig::preset(preset)?;
+    let mut device = cpu(0)?;
+    let mut group = c.benchmark_group(preset);
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(50))
+        .measurement_time(Duration::from_millis(200));
+    for Distinct { program, application, .. } in distinct(&config, step::packing(&config))? {
+        let alone = Alone::open(device.as_mut(), &application)?;
+        group.bench_function(format!("{program}/{application}"), |b| {
+            b.iter_custom(|n| times(&alone, device.as_mut(), n));
+        });
+        alone.close(device.as_mut());
+    }
+    group.finish();
+    Ok(())
+}
+
+/// The time of `n` runs.
+fn times(alone: &Alone, device: &mut dyn Device, n: u64) -> Duration {
+    let _ = alone.rewind(device);
+    let one = |_| alone.run(device).map_or(Duration::ZERO, |times| times.iter().sum());
+    (0..n).map(one).sum()
 }
 
 criterion_group!(benches, steps, ops);

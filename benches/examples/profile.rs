@@ -13,19 +13,20 @@ fn main() -> Result<(), Box<dyn Error>> {
     let preset = args.next().unwrap_or_else(|| "text-tiny".into());
     let threads = args.next().map_or(Ok(0), |a| a.parse())?;
     let steps: usize = args.next().map_or(Ok(50), |a| a.parse())?;
-    let (mut trainer, batch) = training(&preset, threads)?;
+    let mut step = training(&preset, threads)?;
     let mut times = Vec::new();
     for _ in 0..steps.max(1) {
         let start = Instant::now();
-        trainer.step(std::slice::from_ref(&batch))?;
+        step.take()?;
         times.push(start.elapsed());
     }
     times.sort();
     println!("{preset}: step {:.2} ms (fastest {:.2})", ms(times[times.len() / 2]), ms(times[0]));
+    let trainer = step.trainer();
     let loss = Program::Loss(trainer.capacity(), LossOptions::TRAIN);
     let update = Program::Update(trainer.options().update());
-    table(&mut trainer, loss, steps)?;
-    table(&mut trainer, update, steps)
+    table(trainer, loss, steps)?;
+    table(trainer, update, steps)
 }
 
 /// Every op of a program.

@@ -168,3 +168,73 @@ pub fn apart(ours: &[f64], theirs: &[f64]) -> f64 {
     let scale = ours.iter().map(|x| x.abs()).fold(1e-30, f64::max);
     ours.iter().zip(theirs).map(|(a, b)| (a - b).abs() / scale).fold(0.0, worst)
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use crate::{folder::Folder, machine::Machine, peer::pretended};
+    use serde_json::json;
+
+    const SCHEDULE: Schedule = Schedule { rounds: 3, seconds: 0.0 };
+
+    /// Four variants - one slow, one fast, one whose results are wrong, one that is refused - and a bound. The time
+    /// asked for is that of what was built last, which the script remembers.
+    fn measured(ours: f64, variants: &[&str]) -> (Result<Row>, Vec<String>) {
+        let folder = Folder::new().unwrap();
+        let mut peer = pretended::peer(
+            &folder,
+            &[
+                (r#""variant":"slow""#, r#"!now=8; echo "{\"apart\": 0.001}""#),
+                (r#""variant":"fast""#, r#"!now=4; echo "{\"apart\": 0.002}""#),
+                (r#""variant":"wrong""#, r#"!now=1; echo "{\"apart\": 0.5}""#),
+                (r#""variant":"nothing""#, r#"{"error": "NotImplementedError: on this machine"}"#),
+                (r#""variant":"bound""#, r#"!now=2; echo "{\"apart\": null}""#),
+                (r#""do":"time""#, r#"!echo "{\"ms\": [$now, $now.0, $now]}""#),
+            ],
+        );
+        let judge = |told: &Value| Ok(told["apart"].as_f64().unwrap_or(f64::INFINITY));
+        let opponent = Opponent {
+            peer: &mut peer,
+            variants: variants.iter().map(|v| v.to_string()).collect(),
+            bounds: vec!["bound".into()],
+            build: json!({ "do": "build" }),
+            judge: &judge,
+            tolerance: 0.01,
+            time: json!({ "do": "time" }),
+            trial: 0.0,
+        };
+        let mut notes = Vec::new();
+        let row = Row::new(&Machine::unknown(), "ops", "it");
+        let mut note = |text| notes.push(text);
+        let row = measure(row, &mut |_| Ok(vec![ours]), Some(opponent), SCHEDULE, &mut note, Cancel(None));
+        (row, notes)
+    }
+
+    #[test]
+    fn the_fastest_variant_that_agrees_counts() {
+        let (row, notes) = measured(2.0, &["slow", "fast", "wrong", "nothing"]);
+        let row = row.unwrap();
+        assert_eq!((row.torch_variant.as_deref(), row.torch.as_deref()), (Some("fast"), Some("9.9")));
+        assert_eq!((row.ms, row.torch_ms, row.speedup), (Some(2.0), Some(4.0), Some(2.0)));
+        assert_eq!((row.verdict.as_deref(), row.apart), (Some("faster"), Some(0.002)));
+        assert_eq!(row.others, BTreeMap::from([("bound".into(), 2.0), ("slow".into(), 8.0)]));
+        let left_out = notes.iter().filter(|n| n.starts_with("left out: ")).count();
+        assert!(left_out == 2 && notes.iter().any(|n| n.contains("5.0e-1 from ours")), "{notes:?}");
+        assert_eq!(measured(5.0, &["fast"]).0.unwrap().verdict.as_deref(), Some("slower"));
+        assert_eq!(measured(4.0, &["fast"]).0.unwrap().verdict.as_deref(), Some("even"));
+    }
+
+    #[test]
+    fn without_a_variant_that_agrees_nothing_is_said() {
+        let (row, _) = measured(2.0, &["wrong", "nothing"]);
+        assert!(row.unwrap_err().to_string().contains("no variant of PyTorch can be measured: wrong"));
+    }
+
+    #[test]
+    fn differences_are_relative_to_the_largest() {
+        assert_eq!(apart(&[1.0, -4.0], &[1.0, -4.0]), 0.0);
+        assert_eq!(apart(&[1.0, -4.0], &[2.0, -4.0]), 0.25);
+        assert_eq!(apart(&[1.0], &[1.0, 2.0]), f64::INFINITY);
+        assert!(apart(&[1.0], &[f64::NAN]).is_nan() && !(apart(&[1.0], &[f64::NAN]) <= 1.0));
+    }
+}

@@ -160,8 +160,8 @@ pub struct Ops<'a> {
     pub cancel: Cancel<'a>,
 }
 
-/// An op on a device, as often as it is run in a row.
-struct Bench {
+/// An op alone on a device: on a GPU in several places in turn.
+pub struct Alone {
     id: PlanId,
     /// Which steps of the plan are it.
     steps: Vec<usize>,
@@ -172,58 +172,90 @@ struct Bench {
 /// Bytes that copies of the operands of an op may take on a GPU, and how many there are at most.
 const COPIES: (usize, usize) = (4 << 30, 8);
 
-impl Bench {
-    fn open(device: &mut dyn Device, a: &Application) -> Result<Bench> {
+impl Alone {
+    /// Opens it on its operands.
+    ///
+    /// # Errors
+    /// If the device has no kernel for it, or no room.
+    pub fn open(device: &mut dyn Device, a: &Application) -> Result<Alone> {
         let target = device.target();
         let bytes: usize = a.specs.iter().map(Spec::bytes).sum();
         let copies = target.map_or(1, |_| (COPIES.0 / bytes.max(1)).clamp(1, COPIES.1));
-        let over = target.map_or(0, |t| flush(t.l2) / 4);
         let mut g = Graph::new();
-        let mut nodes = Vec::new();
+        let mut over = target.map(|t| {
+            let n = flush(t.l2) / 8;
+            (g.input("over", [n], DType::F32), g.input("none", [n], DType::F32))
+        });
+        let mut steps = Vec::new();
         for copy in 0..copies {
-            if over > 0 {
-                let t = g.fill(0.0, [over], DType::F32);
-                g.output(&format!("over.{copy}"), t);
+            if let Some((sum, none)) = &mut over {
+                *sum = g.add_into(*sum, *none);
             }
             let input = |(i, s): (usize, &Spec)| g.input(&name(i, copy), s.shape, s.dtype);
             let ins: Vec<_> = a.specs.iter().enumerate().map(input).collect();
-            nodes.push(g.nodes().len());
+            steps.push(g.nodes().len());
             let outs = g.apply(a.op.clone(), &ins);
             outs.iter().enumerate().for_each(|(o, &t)| g.output(&format!("out{o}.{copy}"), t));
         }
-        let plan = Arc::new(Plan::on(&g, target.as_ref())?);
-        let id = device.open(plan)?;
-        let is_replaced = |i: usize| (0..OUTPUTS).any(|o| a.op.memory(o) == Memory::InPlace { input: i });
+        if let Some((sum, _)) = over {
+            g.output("over", sum);
+        }
+        let id = device.open(Arc::new(Plan::on(&g, target.as_ref())?))?;
         let mut replaced = Vec::new();
         for (i, host) in a.ins.iter().enumerate() {
             for copy in 0..copies {
                 device.write(Place::Input(id, &name(i, copy)), host.view())?;
-                if is_replaced(i) {
+                if replaces(a.op.as_ref(), i) {
                     replaced.push((name(i, copy), host.clone()));
                 }
             }
         }
-        Ok(Bench { id, steps: nodes, replaced })
+        Ok(Alone { id, steps, replaced })
+    }
+
+    /// Writes the operands that it replaced as they were.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn rewind(&self, device: &mut dyn Device) -> Result<()> {
+        let mut all = self.replaced.iter();
+        Ok(all.try_for_each(|(name, host)| device.write(Place::Input(self.id, name), host.view()))?)
+    }
+
+    /// Runs it in every place; the times.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn run(&self, device: &mut dyn Device) -> Result<Vec<Duration>> {
+        let all = device.profile(self.id)?;
+        Ok(self.steps.iter().filter_map(|&s| all.get(s).copied()).collect())
+    }
+
+    /// Makes room.
+    pub fn close(self, device: &mut dyn Device) {
+        device.close(self.id);
     }
 
     /// Milliseconds of every run in about so many seconds.
     fn block(&self, device: &mut dyn Device, seconds: f64) -> Result<Vec<f64>> {
-        for (name, host) in &self.replaced {
-            device.write(Place::Input(self.id, name), host.view())?;
-        }
+        self.rewind(device)?;
         let (begin, mut times) = (Instant::now(), Vec::new());
         while times.len() < 3 || begin.elapsed() < Duration::from_secs_f64(seconds) {
-            let all = device.profile(self.id)?;
-            times.extend(self.steps.iter().filter_map(|&s| all.get(s)).map(|t| 1e3 * t.as_secs_f64()));
+            times.extend(self.run(device)?.iter().map(|t| 1e3 * t.as_secs_f64()));
         }
         Ok(times)
     }
 }
 
+/// Whether an op replaces an operand.
+fn replaces(op: &dyn Op, input: usize) -> bool {
+    (0..OUTPUTS).any(|o| op.memory(o) == Memory::InPlace { input })
+}
+
 /// Most outputs of an op.
 const OUTPUTS: usize = 8;
 
-/// Bytes that leave nothing of before in a second-level cache.
+/// Bytes that leave nothing of before in a second-level cache, when they are read and written.
 fn flush(l2: u64) -> usize {
     (l2 + l2 / 2) as usize
 }
@@ -317,7 +349,7 @@ impl Ops<'_> {
         note: &mut dyn FnMut(String),
     ) -> Result<Option<Row>> {
         let a = &d.application;
-        let bench = match Bench::open(device, a) {
+        let bench = match Alone::open(device, a) {
             Err(Error::Engine(transfusion::Error::Core(e @ transfusion_core::Error::NoKernel { .. }))) => {
                 note(format!("left out: {e}"));
                 return Ok(None);
@@ -325,14 +357,14 @@ impl Ops<'_> {
             other => other?,
         };
         let measured = self.opened(d, &bench, device, peer, note);
-        device.close(bench.id);
+        bench.close(device);
         measured.map(Some)
     }
 
     fn opened(
         &self,
         d: &Distinct,
-        bench: &Bench,
+        bench: &Alone,
         device: &mut dyn Device,
         peer: Option<&mut Peer>,
         note: &mut dyn FnMut(String),
@@ -362,7 +394,7 @@ impl Ops<'_> {
         let have = a.run(device)?;
         for (i, (have, want)) in have.iter().zip(results).enumerate() {
             let far = apart(&want.to_f64(), &have.to_f64());
-            if far > self.tolerance() {
+            if !(far <= self.tolerance()) {
                 let most = self.tolerance();
                 return Err(Error::peer(format!(
                     "{a}: result {i} is {far:.1e} from the CPU's, and {most:.0e} is allowed"

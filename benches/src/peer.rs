@@ -163,3 +163,89 @@ pub fn words(answer: &Value, field: &str) -> Result<Vec<String>> {
     let list = answer[field].as_array().map(|list| list.iter().map(word).collect::<Option<Vec<_>>>());
     list.flatten().ok_or_else(|| Error::peer(format!("the answer has no words {field}: {answer}")))
 }
+
+/// A pretended other side, for tests: a shell script that answers a request whose line holds a word with a line.
+#[cfg(all(test, unix))]
+pub(crate) mod pretended {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// An interpreter in a folder: `answers` are words and what is printed, or done if it begins with `!`.
+    pub(crate) fn python(folder: &Folder, answers: &[(&str, &str)]) -> PathBuf {
+        let mut script = String::from("#!/bin/sh\nwhile read -r line; do case \"$line\" in\n");
+        for (word, answer) in answers {
+            let does = answer.strip_prefix('!').map_or_else(|| format!("echo '{answer}'"), String::from);
+            script += &format!("*'{word}'*) {does};;\n");
+        }
+        let path = folder.text("python", &(script + "*) echo '{}';;\nesac; done\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    /// A conversation with it.
+    pub(crate) fn peer(folder: &Folder, answers: &[(&str, &str)]) -> Peer {
+        let hello = [("hello", r#"{"torch": "9.9"}"#)];
+        Peer::start(&python(folder, &[&hello, answers].concat()), "cpu", 2).unwrap()
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use pretended::{peer, python};
+
+    fn remedy(e: Error) -> (String, String) {
+        match e {
+            Error::Peer { what, remedy } => (what, remedy.unwrap_or_default()),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn requests_are_answered_line_by_line() {
+        let folder = Folder::new().unwrap();
+        let mut peer =
+            peer(&folder, &[("one", r#"{"ms": [1, 2.5]}"#), ("two", r#"{"variants": ["a", "b c"]}"#)]);
+        assert_eq!((peer.version.as_str(), peer.device.as_str()), ("9.9", "cpu"));
+        assert_eq!(numbers(&peer.ask(json!({ "do": "one" })).unwrap(), "ms").unwrap(), [1.0, 2.5]);
+        let told = peer.ask(json!({ "do": "two" })).unwrap();
+        assert_eq!(words(&told, "variants").unwrap(), ["a", "b c"]);
+        assert!(
+            numbers(&told, "variants").is_err()
+                && numbers(&told, "ms").is_err()
+                && words(&told, "x").is_err()
+        );
+        let scripts = peer.folder().path().to_path_buf();
+        for (name, _) in SCRIPTS {
+            assert!(scripts.join(name).is_file(), "{name}");
+        }
+        drop(peer);
+        assert!(!scripts.exists(), "its folder goes with it");
+    }
+
+    #[test]
+    fn what_goes_wrong_is_said_with_a_remedy() {
+        let folder = Folder::new().unwrap();
+        let absent = Peer::start(Path::new("/no/such/python"), "cpu", 1).unwrap_err();
+        let (what, help) = remedy(absent);
+        assert!(what.contains("/no/such/python") && help.contains("--python"), "{what}: {help}");
+        let without =
+            python(&folder, &[("hello", r#"{"error": "No module named torch", "missing": "torch"}"#)]);
+        let (what, help) = remedy(Peer::start(&without, "cpu", 1).unwrap_err());
+        assert!(what.contains("has no PyTorch") && help.contains("-m pip install torch"), "{what}: {help}");
+        let mut peer = peer(
+            &folder,
+            &[
+                ("refused", r#"{"error": "ValueError: no"}"#),
+                ("babble", "this is no JSON"),
+                ("die", "!echo segmentation fault >&2; exit 3"),
+            ],
+        );
+        let mut says = |what: &str| remedy(peer.ask(json!({ "do": what })).unwrap_err()).0;
+        assert!(says("refused").contains("PyTorch, refused: ValueError: no"));
+        assert!(says("babble").contains("is no JSON"));
+        let last = says("die");
+        assert!(last.contains("ended during die (exit status: 3): segmentation fault"), "{last}");
+        assert!(says("again").contains("ended during again"));
+    }
+}

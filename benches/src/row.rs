@@ -308,16 +308,14 @@ pub fn provenance(rows: &[Row]) -> String {
             r.threads,
             if r.threads == 1 { "" } else { "s" }
         );
-        for part in [
-            &r.driver,
-            &r.clocks,
-            &r.commit.as_ref().map(|c| format!("commit {c}")),
-            &r.torch.as_ref().map(|t| format!("PyTorch {t}")),
-        ] {
-            if let Some(part) = part {
-                let _ = write!(line, ", {part}");
-            }
-        }
+        let (commit, torch) = (r.commit.as_ref(), r.torch.as_ref());
+        let more = [
+            r.driver.clone(),
+            r.clocks.clone(),
+            commit.map(|c| format!("commit {c}")),
+            torch.map(|t| format!("PyTorch {t}")),
+        ];
+        more.into_iter().flatten().for_each(|part| line += &format!(", {part}"));
         if !lines.contains(&line) {
             lines.push(line);
         }

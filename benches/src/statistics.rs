@@ -4,8 +4,7 @@ use crate::error::{Error, Result};
 use std::time::Duration;
 use transfusion::sample::Cancel;
 
-/// How long both sides rest before a block, so that threads of the other one that still look for work find
-/// their beds.
+/// How long both sides rest before a block, so that threads of the other one that still look for work fall asleep.
 const REST: Duration = Duration::from_millis(60);
 
 /// How long and how often.
@@ -112,8 +111,12 @@ pub fn alternate(
 ) -> Result<Pair> {
     let mut pair = Pair::default();
     for _ in 0..schedule.rounds {
+        if theirs.is_some() {
+            std::thread::sleep(REST);
+        }
         pair.ours.0.push(block(schedule.seconds, ours, cancel)?);
         if let Some(theirs) = &mut theirs {
+            std::thread::sleep(REST);
             pair.theirs.0.push(block(schedule.seconds, theirs, cancel)?);
         }
     }
@@ -122,7 +125,6 @@ pub fn alternate(
 
 fn block(seconds: f64, side: Side<'_>, cancel: Cancel<'_>) -> Result<f64> {
     cancel.check()?;
-    std::thread::sleep(REST);
     let times = side(seconds)?;
     match median(&times) {
         ms if ms > 0.0 && ms.is_finite() => Ok(ms),

@@ -60,6 +60,11 @@ impl Step {
         &self.batch
     }
 
+    /// The model in training.
+    pub fn trainer(&mut self) -> &mut Trainer {
+        &mut self.trainer
+    }
+
     /// Takes one step; its loss and gradient norm.
     ///
     /// # Errors

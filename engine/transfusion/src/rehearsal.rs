@@ -181,12 +181,12 @@ impl<'c> Sampling<'c> {
         let n = e.rows * e.positions;
         let (mut ids, mut positions, mut row_end) = (vec![-1; n], vec![-1; n], vec![0; n]);
         let mut last = vec![-1; e.rows];
-        for row in 0..e.rows {
+        for (row, last) in last.iter_mut().enumerate() {
             let base = row * e.positions;
             for (j, id) in of(row).into_iter().take(e.positions).enumerate() {
                 (ids[base + j], positions[base + j], row_end[base + j]) =
                     (id, (at + j) as i32, (at + j + 1) as i32);
-                last[row] = (base + j) as i32;
+                *last = (base + j) as i32;
             }
         }
         let slots: Vec<i32> = (first..first + e.rows).map(|slot| slot as i32).collect();
@@ -350,7 +350,7 @@ fn equal(g: &Geometry, n: usize, seed: u64) -> Document {
     let (mut left, mut parts) = (positions.saturating_sub(2), Vec::new());
     let mut images = g.images / (n.max(1) * g.rows);
     let span = g.patches() + 2;
-    while images > 0 && left >= span + 1 {
+    while images > 0 && left > span {
         let text = SENTENCE.len().min(left - span);
         let (_, picture) = shapes::example(seed, Split::Train, images as u64);
         parts.extend([sentences(text), Part::Image(Arc::new(picture))]);

@@ -171,3 +171,41 @@ fn the_doctor_describes_gpus() {
         assert!(words.contains(word), "no {word:?} in {words}");
     }
 }
+
+/// Ops are measured by events, each behind a pass over more than the second-level cache holds, in several places in
+/// turn; a step and sampling through the same device. The pretended driver computes nothing, and says 0.25 ms.
+#[test]
+fn a_gpu_is_measured_by_events_with_its_cache_overwritten() {
+    let machine = machine("", &[("_LOG", "bench.log")]);
+    let log = folder().join("bench.log");
+    let _ = fs::remove_file(&log);
+    let model = "--set model.hidden_size=64 model.intermediate_size=64 model.num_hidden_layers=1 \
+         model.num_attention_heads=2 model.num_key_value_heads=2 model.head_dim=32 train.rows=1 train.positions=64";
+    let words = |text: &'static str| text.split_whitespace().collect::<Vec<_>>();
+    let short = words("--dtype bf16 --device cuda --rounds 2 --seconds 0 --json");
+    let bench = |args: &'static str| {
+        let out = machine.run(&[&["bench"], &words(args)[..], &short, &words(model)].concat());
+        assert!(out.status.success(), "{}", said(&out));
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>()
+    };
+    let rows = bench("ops attention --group attention --unchecked");
+    assert!(rows.len() >= 4, "{rows:?}");
+    for row in &rows {
+        assert_eq!((&row["device"], &row["ms"]), (&"Pretended GPU".into(), &0.25.into()));
+        assert!(row["driver"].as_str().unwrap().contains("CUDA 12.4") && row["clocks"].is_string(), "{row}");
+    }
+    let log = fs::read_to_string(log).unwrap();
+    let kernels: Vec<&str> = log.lines().filter(|l| l.starts_with("kernel ")).collect();
+    let is_attention = |l: &&str| l.contains("attention");
+    let (mut runs, mut places) = (0, std::collections::HashSet::new());
+    for pair in kernels.windows(2).filter(|pair| is_attention(&pair[1]) && !is_attention(&pair[0])) {
+        assert!(pair[0].starts_with("kernel add_fwd"), "{} before {}", pair[0], pair[1]);
+        runs += 1;
+        places.insert(pair[1].to_string());
+    }
+    assert!(runs >= 4 * 2 * 8 && places.len() >= 4 * 8, "{runs} runs in {} places", places.len());
+    assert!(bench("step")[0]["rate"].as_f64().unwrap() > 0.0);
+    let refused = machine.run(&[&["bench", "ops", "linear"], &short[..], &words(model)].concat());
+    assert!(said(&refused).contains("from the CPU's"), "wrong results are not timed: {}", said(&refused));
+}
