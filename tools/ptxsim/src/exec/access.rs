@@ -190,7 +190,8 @@ impl Machine<'_> {
         kind: Kind,
         pointers: &mut Pointers,
     ) -> u32 {
-        let admitted = match self.run.find_lanes(addresses, active, &[size; LANES], size, kind != Kind::Read) {
+        let admitted = match self.run.find_lanes(addresses, active, &[size; LANES], size, kind != Kind::Read)
+        {
             Some((window, offsets)) => {
                 for l in lanes(active) {
                     let bytes = window.at(offsets[l]);
@@ -266,14 +267,7 @@ impl Machine<'_> {
 
     /// Looks for a write of another cluster to the same bytes, unless this block may have waited for it.
     #[inline(always)]
-    pub(crate) fn check_conflict(
-        &self,
-        bytes: Bytes,
-        size: u32,
-        kind: Kind,
-        lane: usize,
-        address: u64,
-    ) {
+    pub(crate) fn check_conflict(&self, bytes: Bytes, size: u32, kind: Kind, lane: usize, address: u64) {
         let cta = &self.ctas[self.rank];
         let met = bytes.meets_other(size, cta.cluster, kind != Kind::Read, kind == Kind::Atomic);
         if met && !cta.acquired {
