@@ -235,6 +235,6 @@ mod tests {
         assert_eq!(apart(&[1.0, -4.0], &[1.0, -4.0]), 0.0);
         assert_eq!(apart(&[1.0, -4.0], &[2.0, -4.0]), 0.25);
         assert_eq!(apart(&[1.0], &[1.0, 2.0]), f64::INFINITY);
-        assert!(apart(&[1.0], &[f64::NAN]).is_nan() && !(apart(&[1.0], &[f64::NAN]) <= 1.0));
+        assert!(apart(&[1.0], &[f64::NAN]).is_nan());
     }
 }

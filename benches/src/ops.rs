@@ -394,7 +394,7 @@ impl Ops<'_> {
         let have = a.run(device)?;
         for (i, (have, want)) in have.iter().zip(results).enumerate() {
             let far = apart(&want.to_f64(), &have.to_f64());
-            if !(far <= self.tolerance()) {
+            if far.is_nan() || far > self.tolerance() {
                 let most = self.tolerance();
                 return Err(Error::peer(format!(
                     "{a}: result {i} is {far:.1e} from the CPU's, and {most:.0e} is allowed"

@@ -274,7 +274,7 @@ impl Shadow {
             self.split(index, size);
         }
         let grain = self.chunks[index].grain;
-        let first = address % 16 >> grain;
+        let first = (address % 16) >> grain;
         (first..first + (size >> grain)).map(move |slot| slot as usize * chunks + index)
     }
 
@@ -325,7 +325,7 @@ impl Shadow {
     pub(crate) fn arrived(&mut self, address: u32, size: u32, column: u16, lane: u8, serial: u32) {
         let (index, chunks) = (address as usize / CHUNK, self.chunks.len());
         let grain = self.chunks[index].grain;
-        for slot in address % 16 >> grain..=(address % 16 + size - 1) >> grain {
+        for slot in (address % 16) >> grain..=(address % 16 + size - 1) >> grain {
             let cell = &mut self.cells[slot as usize * chunks + index];
             (cell.write_column, cell.write_lane, cell.write_serial) = (column, lane, serial);
         }
@@ -341,7 +341,7 @@ impl Shadow {
     /// The state of the bytes at an address, for messages.
     pub(crate) fn cell(&self, address: u32) -> Cell {
         let index = address as usize / CHUNK;
-        let slot = address % 16 >> self.chunks[index].grain;
+        let slot = (address % 16) >> self.chunks[index].grain;
         self.cells[slot as usize * self.chunks.len() + index]
     }
 }
