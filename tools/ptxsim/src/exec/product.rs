@@ -65,30 +65,21 @@ impl<const S: usize> Factors<S> {
     /// The factors whose rows the list has from `first` on: A and then B.
     #[inline(always)]
     fn read<E: Element>(x: &Machine<'_>, i: &Inst, first: usize) -> Self {
-        let mut factors = Self { left: [[[0.0; LANES]; 2]; S], right: [[[[0.0; 4]; 2]; 4]; S] };
-        let words = |n: usize| x.warp.registers.words::<u32>(x.listed(i, first + n));
-        for s in 0..S {
-            let (n, part) = (s / E::PARTS, s % E::PARTS);
-            for h in 0..2 {
-                let words = words(2 * n + h);
-                for l in 0..LANES {
-                    factors.left[s][h][l] = E::part(words[l], part);
-                }
-            }
-            let words = words(2 * S / E::PARTS + n);
-            let mut right = [0.0; LANES];
+        let row = |n: usize, part: usize| {
+            let words = x.warp.registers.words::<u32>(x.listed(i, first + n));
+            let mut row = [E::part(words[0], part); LANES];
             for l in 0..LANES {
-                right[l] = E::part(words[l], part);
+                row[l] = E::part(words[l], part);
             }
-            for t in 0..4 {
-                for p in 0..2 {
-                    for n in 0..4 {
-                        factors.right[s][t][p][n] = right[4 * (2 * n + p) + t];
-                    }
-                }
-            }
-        }
-        factors
+            row
+        };
+        let left = |s: usize| [0, 1].map(|h| row(s / E::PARTS * 2 + h, s % E::PARTS));
+        let right = |s: usize| {
+            let row = row((2 * S + s) / E::PARTS, s % E::PARTS);
+            let columns = |first: usize| [row[first], row[first + 8], row[first + 16], row[first + 24]];
+            [0, 1, 2, 3].map(|t| [columns(t), columns(4 + t)])
+        };
+        Self { left: std::array::from_fn(left), right: std::array::from_fn(right) }
     }
 
     /// Each product is added in one rounding, in the order of the steps and places.
@@ -188,15 +179,10 @@ fn multiply<E: Element, const S: usize>(
     let results = if halves { 2 } else { 4 };
     let factors = Factors::<S>::read::<E>(x, i, results);
     let first = results + 3 * S / E::PARTS;
-    let mut sums: Sums = [[0; LANES]; 4];
-    for (n, sums) in sums.iter_mut().enumerate() {
-        if halves {
-            let words = x.warp.registers.words::<u32>(x.listed(i, first + n / 2));
-            *sums = words.map(|w| Float16::part(w, n % 2).to_bits());
-        } else {
-            *sums = *x.warp.registers.words::<u32>(x.listed(i, first + n));
-        }
-    }
+    let words = |n: usize| *x.warp.registers.words::<u32>(x.listed(i, first + n));
+    let mut sums: Sums = [0, 1, 2, 3].map(|n| {
+        if halves { words(n / 2).map(|w| Float16::part(w, n % 2).to_bits()) } else { words(n) }
+    });
     multiply_add(&factors, &mut sums);
     for n in 0..results {
         let row = x.listed(i, n);
