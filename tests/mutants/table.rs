@@ -483,9 +483,6 @@ pub(super) const MUTANTS: &[Mutant] = &[
         "if (threadIdx.x % 32 >= taken) return;", ""),
     mutant("patchify", "patchify.cu", "patchify: b where c should be",
         "next(cut.k / pair) * pair + below", "next(cut.k / pair) * pair + right"),
-    mutant("patchify", "patchify.cu", "patchify: the rests of a and d begin one late",
-        "(i + vectors - 1) % (2 * vectors)", "(i + vectors) % (2 * vectors)")
-        .harmless("all of them are moved, in another order"),
     mutant("q_sample", "q_sample.cu", "q_sample: the noise of the target without its sign",
         "t[e] = fmaf(k.c, v[e], k.d * z[e]);", "t[e] = fmaf(k.c, v[e], fabsf(k.d) * z[e]);"),
     mutant("q_sample", "q_sample.cu", "q_sample: the target of what is noised already",

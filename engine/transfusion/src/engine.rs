@@ -169,6 +169,21 @@ impl Engine {
         Ok(())
     }
 
+    /// Starts the master copies that a bf16 model is trained with at the weights; its update must be open.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn start_masters(&mut self) -> Result<()> {
+        if self.config.dtype() != DType::Bf16 {
+            return Ok(());
+        }
+        for w in self.weights.clone() {
+            let values = self.read_weight(Kind::Param, &w.name)?;
+            self.write_weight(Kind::Optim, &format!("{}.master", w.name), &values)?;
+        }
+        Ok(())
+    }
+
     /// Makes room for running means, which the caller then writes.
     ///
     /// # Errors

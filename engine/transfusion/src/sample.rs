@@ -3,17 +3,19 @@
 //!
 //! Several sequences advance together, grouped by what each needs next. Every random number is keyed
 //! by the seed and the sequence, so what a sequence yields does not depend on its company.
+pub(crate) mod prepare;
+
 use crate::{
     batch::Tokens,
     config::Objective,
     data::Part,
     diffusion::{self, Sampler},
-    engine::{Engine, Program, no_images},
+    engine::{Engine, no_images},
     error::{Error, Result},
-    model::{Extend, ImagePass},
+    model::Extend,
     picture::Picture,
-    train::seed_words,
 };
+use prepare::{Drawing, TextRow};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::VecDeque,
@@ -22,12 +24,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
 };
-use transfusion_core::{
-    device::Place,
-    op::Kind,
-    random::{Purpose, Stream, halves},
-    tensor::{View, ViewMut},
-};
+use transfusion_core::random::{Purpose, Stream};
 
 /// What is wanted after the prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +89,10 @@ impl Default for SampleOptions {
 }
 
 impl SampleOptions {
+    fn is_guided(&self) -> bool {
+        self.guidance != 1.0
+    }
+
     /// Refuses what cannot be sampled with.
     ///
     /// # Errors
@@ -327,12 +328,8 @@ impl<'a> Run<'a> {
             .collect()
     }
 
-    fn guided(&self) -> bool {
-        self.options.guidance != 1.0
-    }
-
     fn extend(&self, rows: usize, positions: usize) -> Extend {
-        let slots = self.sequences.len() * if self.guided() { 2 } else { 1 };
+        let slots = self.sequences.len() * if self.options.is_guided() { 2 } else { 1 };
         Extend {
             rows: rows.next_power_of_two(),
             positions: positions.next_power_of_two(),
@@ -372,29 +369,7 @@ impl<'a> Run<'a> {
     fn run_text(&mut self, rows: &[TextRow]) -> Result<Vec<f32>> {
         let longest = rows.iter().map(|r| r.ids.len()).max().unwrap_or(1);
         let e = self.extend(rows.len(), longest);
-        let n = e.rows * e.positions;
-        let (mut ids, mut positions, mut row_end) = (vec![-1; n], vec![-1; n], vec![0; n]);
-        let (mut slots, mut last) = (vec![-1; e.rows], vec![-1; e.rows]);
-        for (r, row) in rows.iter().enumerate() {
-            slots[r] = row.slot as i32;
-            last[r] = (r * e.positions + row.ids.len() - 1) as i32;
-            for (j, id) in row.ids.iter().enumerate() {
-                let at = r * e.positions + j;
-                ids[at] = *id;
-                positions[at] = (row.at + j) as i32;
-                row_end[at] = positions[at] + 1;
-            }
-        }
-        let plan = self.engine.open(Program::Text(e))?;
-        for (name, values) in [
-            ("tokens", &ids),
-            ("positions", &positions),
-            ("row_end", &row_end),
-            ("slots", &slots),
-            ("last", &last),
-        ] {
-            self.engine.ints(plan, name, values)?;
-        }
+        let plan = prepare::text(self.engine, e, rows)?;
         self.engine.run(plan)?;
         let mut logits = vec![0.0; e.rows * self.engine.config().vocab_size];
         self.engine.output(plan, "logits", &mut logits)?;
@@ -444,9 +419,7 @@ impl<'a> Run<'a> {
             }
             self.sequences[i].length += self.patches;
         }
-        let plan = self.open_images(e, ImagePass::Commit, e.rows, &rows)?;
-        self.write_state("picture", e.rows, &pictures)?;
-        self.engine.floats(plan, "times", &vec![0.0; e.rows])?;
+        let plan = prepare::commit(self.engine, e, &rows, &pictures)?;
         self.engine.run(plan)
     }
 
@@ -456,39 +429,15 @@ impl<'a> Run<'a> {
         let images = chosen.len().next_power_of_two();
         let rows = self.rows_to_denoise(chosen, images)?;
         let e = self.extend(rows.len(), self.patches);
-        let guided = self.guided();
-        let plan = self.open_images(e, ImagePass::Denoise { guided }, images, &rows)?;
-        let objective = self.engine.config().image().map_or(Objective::X0, |i| i.objective);
-        let o = self.options;
-        let [_, start, ..] = diffusion::coefficients(objective, o.start);
-        let mut x = vec![0.0; images * numel];
-        for (&i, x) in chosen.iter().zip(x.chunks_mut(numel)) {
-            let first = (self.sequences[i].images * numel.next_multiple_of(4)) as u32;
-            Stream::new(o.seed, Purpose::Noise, i as u64).fill_normal(first, x);
-            x.iter_mut().for_each(|x| *x *= start);
-        }
-        self.write_state("picture", images, &x)?;
-        self.write_state("memory", images, &vec![0.0; images * numel])?;
-        self.engine.ints(plan, "seed", &seed_words(o.seed))?;
-        let all = diffusion::evaluations(o.sampler, objective, o.steps, o.guidance, o.clip, o.start);
-        for (step, evaluation) in all.iter().enumerate() {
+        let named = chosen.iter().map(|&i| (i, self.sequences[i].images)).collect();
+        let drawing = Drawing::begin(self.engine, e, named, &rows, self.options)?;
+        for step in 0..drawing.evaluations.len() {
             self.cancel.check()?;
-            let keys: Vec<i32> = (0..images)
-                .flat_map(|r| {
-                    let i = chosen.get(r).copied().unwrap_or(0);
-                    let drawn = self.sequences[i].images as u64;
-                    let [low, high] = halves(i as u64 | drawn << 40).map(u32::cast_signed);
-                    [low, high, step as i32]
-                })
-                .collect();
-            self.engine.ints(plan, "keys", &keys)?;
-            self.engine.floats(plan, "times", &vec![evaluation.t; e.rows])?;
-            self.engine.floats(plan, "steps", &evaluation.step.row().repeat(images))?;
-            self.engine.run(plan)?;
-            (self.observe)(Event::Denoised { step: step + 1, of: all.len() });
+            drawing.prepare(self.engine, step)?;
+            self.engine.run(drawing.plan)?;
+            (self.observe)(Event::Denoised { step: step + 1, of: drawing.evaluations.len() });
         }
-        let name = state_name("picture", images);
-        self.engine.device().read(Place::State(Kind::Cache, &name), ViewMut::F32(&mut x))?;
+        let x = drawing.pictures(self.engine, numel)?;
         for (&i, x) in chosen.iter().zip(x.chunks(numel)) {
             self.finish_image(i, x)?;
         }
@@ -499,7 +448,7 @@ impl<'a> Run<'a> {
     /// without a condition, which hold BOS and BOI alone.
     fn rows_to_denoise(&mut self, chosen: &[usize], images: usize) -> Result<Vec<(usize, usize)>> {
         let mut rows: Vec<(usize, usize)> = chosen.iter().map(|&i| (i, self.sequences[i].length)).collect();
-        if !self.guided() {
+        if !self.options.is_guided() {
             return Ok(rows);
         }
         let n = self.sequences.len();
@@ -530,54 +479,6 @@ impl<'a> Run<'a> {
         (self.observe)(Event::Image { sequence: i });
         Ok(())
     }
-
-    /// Opens an image program and writes where its rows go: slot and first position of each; a slot
-    /// that is none idles.
-    fn open_images(
-        &mut self,
-        e: Extend,
-        pass: ImagePass,
-        images: usize,
-        rows: &[(usize, usize)],
-    ) -> Result<transfusion_core::device::PlanId> {
-        let p = self.patches;
-        let e = Extend { positions: p, ..e };
-        let (mut slots, mut positions, mut row_end) =
-            (vec![-1; e.rows], vec![-1; e.rows * p], vec![0; e.rows * p]);
-        for (r, &(slot, at)) in rows.iter().enumerate().filter(|(_, (slot, _))| *slot != usize::MAX) {
-            slots[r] = slot as i32;
-            for j in 0..p {
-                positions[r * p + j] = (at + j) as i32;
-                row_end[r * p + j] = (at + p) as i32;
-            }
-        }
-        let copies: Vec<i32> =
-            (0..e.rows).flat_map(|r| (0..p).map(move |j| (r % images * p + j) as i32)).collect();
-        let plan = self.engine.open(Program::Image(e, pass))?;
-        for (name, values) in
-            [("slots", &slots), ("positions", &positions), ("row_end", &row_end), ("copies", &copies)]
-        {
-            self.engine.ints(plan, name, values)?;
-        }
-        Ok(plan)
-    }
-
-    fn write_state(&mut self, what: &str, images: usize, values: &[f32]) -> Result<()> {
-        let name = state_name(what, images);
-        Ok(self.engine.device().write(Place::State(Kind::Cache, &name), View::F32(values))?)
-    }
-}
-
-/// Tokens that go to a slot from a position on.
-struct TextRow {
-    slot: usize,
-    at: usize,
-    ids: Vec<i32>,
-}
-
-/// The name of a state that holds images being drawn.
-fn state_name(what: &str, images: usize) -> String {
-    format!("{what}.{images}")
 }
 
 fn is_image(part: &Part) -> bool {

@@ -239,7 +239,7 @@ impl Trainer {
             progress: Progress { seed: options.seed, ..Default::default() },
             options,
         };
-        trainer.start_masters()?;
+        trainer.engine.start_masters()?;
         Ok(trainer)
     }
 
@@ -302,18 +302,6 @@ impl Trainer {
             }
             _ => weights,
         }
-    }
-
-    /// Master copies start at the weights.
-    fn start_masters(&mut self) -> Result<()> {
-        if self.engine.config().dtype() != DType::Bf16 {
-            return Ok(());
-        }
-        for w in self.engine.weights().to_vec() {
-            let values = self.engine.read_weight(Kind::Param, &w.name)?;
-            self.engine.write_weight(Kind::Optim, &format!("{}.master", w.name), &values)?;
-        }
-        Ok(())
     }
 
     /// The model.

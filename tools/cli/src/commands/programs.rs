@@ -1,5 +1,9 @@
 //! The programs of a model by name, at the sizes that its settings say.
-use crate::{console, failure::Outcome, settings::Settings};
+use crate::{
+    console,
+    failure::{Failure, Outcome},
+    settings::Settings,
+};
 use clap::{Args, ValueEnum};
 use transfusion::{
     engine::Program,
@@ -23,6 +27,8 @@ pub(crate) struct Named {
 pub(crate) enum Which {
     /// A training step: loss and update.
     Train,
+    /// What sampling replays: prefill, decode and, with images, commit and denoise.
+    Sample,
     /// The loss of a micro-batch, and its gradient.
     Loss,
     /// The optimiser's step.
@@ -66,13 +72,24 @@ impl Sizing {
         config.train.check()?;
         Ok(config)
     }
+
+    /// The programs that are meant, of a model of these settings.
+    pub(crate) fn programs(&self, which: Which, config: &RunConfig) -> Outcome<Vec<Named>> {
+        let programs = which.of(config);
+        if programs.is_empty() {
+            let why = format!("{} has no images to sample", self.settings.preset);
+            return Err(Failure::usage(why).hint("--program decode is one of text"));
+        }
+        Ok(programs)
+    }
 }
 
 impl Which {
     /// Those of a model; none where it has no images and they are about images.
-    pub(crate) fn of(self, config: &RunConfig) -> Vec<Named> {
+    fn of(self, config: &RunConfig) -> Vec<Named> {
         let name = match self {
             Which::Train => return training(config),
+            Which::Sample => return sampling(config),
             Which::Loss => "loss",
             Which::Update => "update",
             Which::Eval => "eval",
@@ -93,7 +110,7 @@ fn loss(config: &RunConfig, options: LossOptions) -> Named {
 }
 
 /// Those of a training step.
-pub(crate) fn training(config: &RunConfig) -> Vec<Named> {
+fn training(config: &RunConfig) -> Vec<Named> {
     let update = Program::Update(config.train.update());
     vec![loss(config, LossOptions::TRAIN), Named { name: "update", positions: 0, program: update }]
 }
