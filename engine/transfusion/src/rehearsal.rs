@@ -9,7 +9,7 @@ use crate::{
     diffusion,
     engine::{Engine, Program, cpu},
     error::Result,
-    model::{Capacity, LossOptions},
+    model::Capacity,
     run::{DataOptions, RunConfig, geometry},
     train::{Trainer, feed, seed_words},
 };
@@ -48,7 +48,7 @@ pub fn training_step(config: &RunConfig, seed: u64) -> Result<[Scene; 2]> {
     let trainer = Trainer::new(engine, train.clone())?;
     let (capacity, mut engine) = (trainer.capacity(), trainer.into_engine());
     let batch = batch(config, capacity, seed)?;
-    let loss = Program::Loss(capacity, LossOptions::TRAIN);
+    let loss = Program::Loss(capacity, train.loss());
     let plan = engine.open(loss)?;
     feed(&mut engine, plan, &batch, [batch.text_count, batch.image_count])?;
     if config.model.image().is_some() {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use transfusion::{
     config::ModelConfig,
     engine::Program,
-    model::{self, Capacity, LossOptions},
+    model::{self, Capacity},
     run::RunConfig,
 };
 use transfusion_core::{op::Kind, plan};
@@ -146,7 +146,7 @@ impl Training {
         let capacity = config.train.capacity(&config.model);
         Ok(Training {
             capacity,
-            loss: planned(&config.model, Program::Loss(capacity, LossOptions::TRAIN))?,
+            loss: planned(&config.model, Program::Loss(capacity, config.train.loss()))?,
             update: planned(&config.model, Program::Update(config.train.update()))?,
         })
     }
