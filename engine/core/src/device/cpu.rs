@@ -95,6 +95,13 @@ impl CpuDevice {
         })
     }
 
+    /// Bytes that it decodes the bf16 operands of a plan's steps into: those of the hungriest, since steps take
+    /// turns.
+    pub fn decoded_bytes(plan: &Plan) -> usize {
+        let run = plan.steps.iter().filter(|s| s.launches.is_empty() && !s.is_view());
+        run.map(staged_bytes).max().unwrap_or(0)
+    }
+
     /// How many threads it uses.
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
@@ -147,8 +154,7 @@ impl Device for CpuDevice {
             return Err(Error::Device(format!("{} has more than {OPERANDS} operands", s.op.name())));
         }
         self.ledger.missing(&plan)?;
-        let staging = plan.steps.iter().map(staged_bytes).max().unwrap_or(0);
-        let staging = self.staging.grown(staging, "the bf16 staging buffer")?;
+        let staging = self.staging.grown(CpuDevice::decoded_bytes(&plan), "the bf16 staging buffer")?;
         let id = self.ledger.open(plan, Block::new)?;
         self.staging = staging.unwrap_or(std::mem::take(&mut self.staging));
         Ok(id)
@@ -238,7 +244,13 @@ fn staged_bytes(step: &Step) -> usize {
     let of = |s: &Slot| {
         if s.spec.dtype == DType::Bf16 { (s.spec.shape.numel() * 4).next_multiple_of(64) } else { 0 }
     };
-    step.ins.iter().chain(&step.outs).map(of).sum()
+    let ins = step.ins.iter().enumerate().filter(|(i, _)| !is_replaced(step, *i)).map(|(_, slot)| slot);
+    ins.chain(&step.outs).map(of).sum()
+}
+
+/// Whether an output stands in the place of input `i`.
+fn is_replaced(step: &Step, i: usize) -> bool {
+    (0..step.outs.len()).any(|o| replaced(step, o) == Some(i))
 }
 
 /// Where the segments begin.
@@ -273,9 +285,8 @@ fn run_step(step: &Step, base: &Bases, staging: &mut [f32], cpu: &Cpu, poison: b
     let mut outs: [Out<'_>; OPERANDS] =
         std::array::from_fn(|_| Out { shape: [0].into(), stored: DType::U8, data: ViewMut::U8(&mut []) });
     for (i, slot) in step.ins.iter().enumerate() {
-        let in_place = (0..step.outs.len()).any(|o| replaced(step, o) == Some(i));
         ins[i].shape = slot.spec.shape;
-        ins[i].data = match if in_place { empty(slot.spec.dtype) } else { borrow(base, slot) } {
+        ins[i].data = match if is_replaced(step, i) { empty(slot.spec.dtype) } else { borrow(base, slot) } {
             View::Bf16(v) => View::F32(stage(v, &mut free)),
             view => view,
         };
