@@ -1,29 +1,65 @@
 //! The other side of one measurement: each of its variants has to agree with ours before it is timed, and the
-//! fastest counts.
+//! fastest of a class, which computes in one precision, counts.
 use crate::{
     error::{Error, Result},
+    floats::{Floats, Tolerance},
     peer::{Peer, numbers},
-    row::Row,
+    row::{Row, Versus},
     statistics::{Pair, Schedule, Side, alternate, median},
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
 use transfusion::sample::Cancel;
 
+/// Variants of the other side that compute in one precision.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Class {
+    /// `f32`, `medium` (PyTorch may round the factors of products), `bf16`.
+    pub name: String,
+    /// What may be fastest.
+    pub variants: Vec<String>,
+    /// How far their results may be from ours, relative.
+    pub tolerance: f64,
+}
+
+impl Class {
+    /// The classes of an answer, in order, of which none is empty; only the variants of [`Peer::only`] where it names
+    /// some.
+    ///
+    /// # Errors
+    /// If the answer has none, or none of the variants that are asked for.
+    pub fn told(answer: &Value, peer: &Peer, ours: Floats, tolerance: Tolerance) -> Result<Vec<Class>> {
+        let told = serde_json::from_value::<Vec<(String, Vec<String>)>>(answer["classes"].clone());
+        let told = told.map_err(|e| Error::peer(format!("the answer has no classes ({e}): {answer}")))?;
+        let mut classes: Vec<Class> = Vec::new();
+        for (name, mut variants) in told.iter().cloned() {
+            variants.retain(|v| peer.only.is_empty() || peer.only.contains(v));
+            let tolerance = tolerance.of([ours, Floats::of_class(&name)]);
+            if !variants.is_empty() {
+                classes.push(Class { name, variants, tolerance });
+            }
+        }
+        if classes.is_empty() && !peer.only.is_empty() {
+            let known: Vec<String> = told.into_iter().flat_map(|(_, variants)| variants).collect();
+            return Err(Error::peer(format!("PyTorch has no variant {:?} here", peer.only.join("; ")))
+                .with_remedy(format!("the variants are: {}", known.join("; "))));
+        }
+        Ok(classes)
+    }
+}
+
 /// How the other side is asked about one measurement.
 pub struct Opponent<'a> {
     /// The process.
     pub peer: &'a mut Peer,
-    /// What may be fastest.
-    pub variants: Vec<String>,
+    /// What it computes in: the first is what ours is compared with, beside which the others are told.
+    pub classes: Vec<Class>,
     /// What does something else, and is timed for comparison only.
     pub bounds: Vec<String>,
     /// Builds a variant, whose name is added, and tells what is to be judged.
     pub build: Value,
     /// How far that is from ours, relative.
     pub judge: &'a dyn Fn(&Value) -> Result<f64>,
-    /// How far it may be.
-    pub tolerance: f64,
     /// Times what was built last, for seconds that are added.
     pub time: Value,
     /// Seconds that each variant is tried for.
@@ -50,22 +86,33 @@ impl Chosen {
             ..row
         }
     }
+
+    fn versus(self, pair: &Pair) -> Versus {
+        Versus {
+            variant: self.variant,
+            ms: pair.theirs.median(),
+            spread: pair.theirs.spread(),
+            speedup: pair.speedup(),
+            verdict: pair.verdict().name().into(),
+            apart: self.apart,
+            others: self.others,
+        }
+    }
 }
 
 impl Opponent<'_> {
     /// Builds a variant and holds it against ours; how far it is.
-    fn build(&mut self, variant: &str) -> Result<f64> {
+    fn build(&mut self, variant: &str, tolerance: f64) -> Result<f64> {
         let mut asked = self.build.clone();
         asked["variant"] = variant.into();
         let apart = (self.judge)(&self.peer.ask(asked)?)?;
         // What is compiled at the first calls is not timed.
         self.block(0.0)?;
-        if apart <= self.tolerance {
+        if apart <= tolerance {
             return Ok(apart);
         }
-        let most = self.tolerance;
         Err(Error::peer(format!(
-            "{variant}: its results are {apart:.1e} from ours, and {most:.0e} is allowed"
+            "{variant}: its results are {apart:.1e} from ours, and {tolerance:.0e} is allowed"
         )))
     }
 
@@ -83,12 +130,14 @@ impl Opponent<'_> {
         numbers(&self.peer.ask(asked)?, "ms")
     }
 
-    /// The fastest variant, built last. One that is refused is left out with a note.
-    fn choose(&mut self, note: &mut dyn FnMut(String), cancel: Cancel<'_>) -> Result<Chosen> {
-        let (mut times, mut apart, mut first) = (BTreeMap::new(), 0.0, None);
-        for variant in self.variants.clone() {
+    /// The fastest variant of a class, built last. One that is refused is left out with a note.
+    fn choose(&mut self, class: &Class, note: &mut dyn FnMut(String), cancel: Cancel<'_>) -> Result<Chosen> {
+        let (mut times, mut apart, mut first, mut last) = (BTreeMap::new(), 0.0, None, String::new());
+        for variant in class.variants.clone() {
             cancel.check()?;
-            let tried = self.build(&variant).and_then(|apart| Ok((apart, median(&self.block(self.trial)?))));
+            last.clone_from(&variant);
+            let built = self.build(&variant, class.tolerance);
+            let tried = built.and_then(|apart| Ok((apart, median(&self.block(self.trial)?))));
             match tried {
                 Ok((far, ms)) => {
                     note(format!("PyTorch, {variant}: {ms:.4} ms"));
@@ -106,26 +155,28 @@ impl Opponent<'_> {
             let why = first.unwrap_or_else(|| "it has none".into());
             return Err(Error::peer(format!("no variant of PyTorch can be measured: {why}")));
         };
-        for bound in self.bounds.clone() {
+        for bound in std::mem::take(&mut self.bounds) {
             cancel.check()?;
+            last.clone_from(&bound);
             match self.bound(&bound) {
                 Ok(ms) => times.extend([(bound, ms)]),
                 Err(Error::Peer { what, .. }) => note(format!("left out: {what}")),
                 Err(e) => return Err(e),
             }
         }
-        if times.len() > 1 {
-            apart = self.build(&variant)?;
+        if last != variant {
+            apart = self.build(&variant, class.tolerance)?;
         }
         times.remove(&variant);
         Ok(Chosen { variant, apart, others: times })
     }
 }
 
-/// Measures ours, in turn with the fastest variant of the other side where there is one, into a row.
+/// Measures ours, in turn with the fastest variant of the other side's first class where there is one, into a row;
+/// then in turn with the fastest of every other class.
 ///
 /// # Errors
-/// What either side refuses; if no variant agrees with ours.
+/// What either side refuses; if no variant of the first class agrees with ours.
 pub fn measure(
     row: Row,
     ours: Side<'_>,
@@ -134,26 +185,45 @@ pub fn measure(
     note: &mut dyn FnMut(String),
     cancel: Cancel<'_>,
 ) -> Result<Row> {
-    let Some(mut opponent) = opponent else {
+    let Some((mut opponent, first, more)) = opponent.and_then(split) else {
         return Ok(row.timed(&alternate(schedule, ours, None, cancel)?));
     };
-    let chosen = opponent.choose(note, cancel)?;
+    let chosen = opponent.choose(&first, note, cancel)?;
     let pair = alternate(schedule, ours, Some(&mut |s| opponent.block(s)), cancel)?;
-    Ok(chosen.into_row(row.timed(&pair), opponent.peer))
+    let mut row = chosen.into_row(row.timed(&pair), opponent.peer);
+    for class in more {
+        match opponent.choose(&class, note, cancel) {
+            Ok(chosen) => {
+                let pair = alternate(schedule, ours, Some(&mut |s| opponent.block(s)), cancel)?;
+                row.peers.insert(class.name, chosen.versus(&pair));
+            }
+            Err(Error::Peer { what, .. }) => note(format!("left out: {}: {what}", class.name)),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(row)
 }
 
-/// Measures the other side alone.
+/// An opponent, its first class, and the others.
+fn split(mut opponent: Opponent<'_>) -> Option<(Opponent<'_>, Class, Vec<Class>)> {
+    let mut classes = std::mem::take(&mut opponent.classes).into_iter();
+    let first = classes.next()?;
+    Some((opponent, first, classes.collect()))
+}
+
+/// Measures the first class of the other side alone.
 ///
 /// # Errors
 /// As [`measure`].
 pub fn alone(
     row: Row,
-    mut opponent: Opponent<'_>,
+    opponent: Opponent<'_>,
     schedule: Schedule,
     note: &mut dyn FnMut(String),
     cancel: Cancel<'_>,
 ) -> Result<Row> {
-    let chosen = opponent.choose(note, cancel)?;
+    let Some((mut opponent, first, _)) = split(opponent) else { return Ok(row) };
+    let chosen = opponent.choose(&first, note, cancel)?;
     let theirs = alternate(schedule, &mut |s| opponent.block(s), None, cancel)?.ours;
     let row = row.timed(&Pair { theirs, ..Pair::default() });
     Ok(chosen.into_row(row, opponent.peer))
@@ -177,6 +247,11 @@ mod tests {
 
     const SCHEDULE: Schedule = Schedule { rounds: 3, seconds: 0.0 };
 
+    fn class(name: &str, variants: &[&str]) -> Class {
+        let variants = variants.iter().map(|v| v.to_string()).collect();
+        Class { name: name.into(), variants, tolerance: 0.01 }
+    }
+
     /// Four variants - one slow, one fast, one whose results are wrong, one that is refused - and a bound. The time
     /// asked for is that of what was built last, which the script remembers.
     fn measured(ours: f64, variants: &[&str]) -> (Result<Row>, Vec<String>) {
@@ -195,11 +270,14 @@ mod tests {
         let judge = |told: &Value| Ok(told["apart"].as_f64().unwrap_or(f64::INFINITY));
         let opponent = Opponent {
             peer: &mut peer,
-            variants: variants.iter().map(|v| v.to_string()).collect(),
+            classes: vec![
+                class("f32", variants),
+                class("medium", &["slow", "wrong"]),
+                class("bf16", &["wrong"]),
+            ],
             bounds: vec!["bound".into()],
             build: json!({ "do": "build" }),
             judge: &judge,
-            tolerance: 0.01,
             time: json!({ "do": "time" }),
             trial: 0.0,
         };
@@ -218,10 +296,37 @@ mod tests {
         assert_eq!((row.ms, row.torch_ms, row.speedup), (Some(2.0), Some(4.0), Some(2.0)));
         assert_eq!((row.verdict.as_deref(), row.apart), (Some("faster"), Some(0.002)));
         assert_eq!(row.others, BTreeMap::from([("bound".into(), 2.0), ("slow".into(), 8.0)]));
+        let medium = &row.peers["medium"];
+        assert_eq!((medium.variant.as_str(), medium.ms, medium.speedup), ("slow", 8.0, 4.0));
+        assert_eq!(row.peers.len(), 1, "no variant in bf16 agrees");
         let left_out = notes.iter().filter(|n| n.starts_with("left out: ")).count();
-        assert!(left_out == 2 && notes.iter().any(|n| n.contains("5.0e-1 from ours")), "{notes:?}");
+        assert!(left_out == 5 && notes.iter().any(|n| n.contains("5.0e-1 from ours")), "{notes:?}");
         assert_eq!(measured(5.0, &["fast"]).0.unwrap().verdict.as_deref(), Some("slower"));
         assert_eq!(measured(4.0, &["fast"]).0.unwrap().verdict.as_deref(), Some("even"));
+    }
+
+    #[test]
+    fn classes_are_told_and_some_may_be_asked_for() {
+        let folder = Folder::new().unwrap();
+        let mut peer = pretended::peer(&folder, &[]);
+        let answer = json!({ "classes": [["f32", ["a", "b"]], ["medium", ["a m"]], ["bf16", []]] });
+        let ours = Floats::of_class("medium");
+        let tolerance = Tolerance { f32: 1.0, rounded: 2.0, bf16: 3.0 };
+        let told = |peer: &Peer| Class::told(&answer, peer, ours, tolerance);
+        let names = |classes: &[Class]| classes.iter().map(|c| c.variants.join(",")).collect::<Vec<_>>();
+        let all = told(&peer).unwrap();
+        assert_eq!(names(&all), ["a,b", "a m"]);
+        assert_eq!(all[0].tolerance, 2.0, "ours rounds");
+        peer.only = vec!["b".into()];
+        assert_eq!(names(&told(&peer).unwrap()), ["b"]);
+        peer.only = vec!["c".into()];
+        let why = told(&peer).unwrap_err();
+        assert!(
+            matches!(&why, Error::Peer { what, remedy: Some(remedy) }
+            if what.contains("\"c\"") && remedy.contains("a; b; a m")),
+            "{why}"
+        );
+        assert!(Class::told(&json!({}), &peer, ours, tolerance).is_err());
     }
 
     #[test]

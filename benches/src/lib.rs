@@ -2,12 +2,14 @@
 //! PyTorch on the same machine in the same run (`benches/torch`), in turn, with results that agree before they are
 //! timed. `transfusion bench` is its command; criterion benches are in this folder.
 //!
-//! In reading order: `statistics` (what may be concluded from times), `machine` (what ran, and its ceilings),
-//! `peer` (the process on the other side) and `folder` (what it is handed), `row` (what is told), then what is
-//! measured.
+//! In reading order: `statistics` (what may be concluded from times), `machine` (what ran) and `peak` (the most it
+//! does), `floats` (what is computed in), `peer` (the process on the other side) and `folder` (what it is handed),
+//! `row` (what is told), `contest` (both sides in turn), then what is measured.
 pub mod error;
 pub mod statistics;
+pub mod peak;
 pub mod machine;
+pub mod floats;
 pub mod folder;
 pub mod peer;
 pub mod row;

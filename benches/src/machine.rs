@@ -1,12 +1,14 @@
 //! What a measurement ran on, and the most that it can do.
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    peak::{Peak, bandwidth, peak},
+};
 use std::{
-    hint::black_box,
     process::Command,
-    sync::Barrier,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use transfusion_core::{
+    cpu::Precision,
     device::cuda::{self, Gpu},
     launch::{Cost, Roofline},
 };
@@ -33,34 +35,36 @@ pub struct Machine {
 /// The most that a machine can do.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Ceilings {
-    /// Multiply-adds in f32, FLOP/s: measured on a CPU, of the data sheet or the clock on a GPU.
-    pub f32: f64,
-    /// Products in bf16, FLOP/s; on a CPU those of f32, which do them.
-    pub bf16: f64,
+    /// Multiply-adds in f32: measured on a CPU, of the data sheet or the clock on a GPU.
+    pub f32: Peak,
+    /// Products of bf16 numbers; on a CPU those in f32 if it has no instruction for them.
+    pub bf16: Peak,
     /// Bytes/s to and from memory; 0 is unknown.
     pub bandwidth: f64,
 }
 
 impl Ceilings {
-    /// The rate of a type's products.
-    pub fn rate(&self, bf16: bool) -> f64 {
-        if bf16 { self.bf16 } else { self.f32 }
+    /// That of products, of bf16 numbers if they are `narrow`.
+    pub fn peak(&self, narrow: bool) -> Peak {
+        if narrow { self.bf16 } else { self.f32 }
     }
 
-    /// The least seconds for this; `None` where the bandwidth is unknown.
-    pub fn seconds(&self, cost: Cost, bf16: bool) -> Option<f64> {
-        let known = self.bandwidth > 0.0 && self.rate(bf16) > 0.0;
-        known.then(|| (cost.flops as f64 / self.rate(bf16)).max(cost.bytes as f64 / self.bandwidth))
+    /// The least seconds for this, whose products are `narrow` or not; `None` where the bandwidth is unknown.
+    pub fn seconds(&self, cost: Cost, narrow: bool) -> Option<f64> {
+        let rate = self.peak(narrow).rate;
+        let known = self.bandwidth > 0.0 && rate > 0.0;
+        known.then(|| (cost.flops as f64 / rate).max(cost.bytes as f64 / self.bandwidth))
     }
 }
 
 impl Machine {
-    /// This CPU with so many threads; 0 is one for each core. It is measured, for about half a second.
+    /// This CPU with so many threads; 0 is one for each core. It is measured, for about a second.
     pub fn cpu(threads: usize) -> Machine {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { cores } else { threads };
-        let f32 = peak(threads, Duration::from_millis(200));
-        let ceilings = Ceilings { f32, bf16: f32, bandwidth: bandwidth(threads) };
+        let [f32, bf16] =
+            [Precision::F32, Precision::Bf16].map(|p| peak(threads, p, Duration::from_millis(200)));
+        let ceilings = Ceilings { f32, bf16, bandwidth: bandwidth(threads) };
         let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let clocks = field(&info, "cpu MHz").map(|mhz| format!("{mhz} MHz"));
         Machine { device: cpu_name(&info), driver: None, clocks, threads, ceilings, ..Machine::here() }
@@ -92,6 +96,11 @@ impl Machine {
         })
     }
 
+    /// Whether it is the CPU.
+    pub fn is_cpu(&self) -> bool {
+        self.driver.is_none()
+    }
+
     fn here() -> Machine {
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         Machine { commit: commit(), date: date(seconds), ..Machine::unknown() }
@@ -114,13 +123,14 @@ impl Machine {
 /// Those of a data sheet, where we have it, else what follows from clock and multiprocessors.
 fn gpu_ceilings(gpu: &Gpu) -> Ceilings {
     let sheet = Roofline::ALL.into_iter().find(|r| gpu.name.contains(r.target.name));
-    match sheet {
-        Some(r) => Ceilings { f32: r.f32, bf16: r.target.peak, bandwidth: r.bandwidth },
+    let (of, f32, bf16, bandwidth) = match sheet {
+        Some(r) => ("data sheet", r.f32, r.target.peak, r.bandwidth),
         None => {
             let lanes = f64::from(gpu.sms) * gpu.clock as f64;
-            Ceilings { f32: 256.0 * lanes, bf16: 1024.0 * lanes, bandwidth: 0.0 }
+            ("clock", 256.0 * lanes, 1024.0 * lanes, 0.0)
         }
-    }
+    };
+    Ceilings { f32: Peak { rate: f32, of }, bf16: Peak { rate: bf16, of }, bandwidth }
 }
 
 /// Driver version and clocks, as `nvidia-smi` tells where it is installed.
@@ -177,78 +187,8 @@ fn cpu_name(info: &str) -> String {
         (_, true) => ", AVX2",
         _ => "",
     };
+    let vectors = if has("avx512_bf16") { format!("{vectors} with BF16") } else { vectors.into() };
     format!("{name} (family {}, model {}{vectors})", part("cpu family"), part("model"))
-}
-
-/// What `threads` threads do at once, added up: each calls `work` again and again for a while, the best piece
-/// counting, in units of `work` a second.
-fn together<W>(threads: usize, time: Duration, make: impl Fn() -> W + Sync) -> f64
-where
-    W: FnMut() -> f64,
-{
-    let ready = Barrier::new(threads);
-    let one = || {
-        let mut work = make();
-        work();
-        ready.wait();
-        let (begin, mut best) = (Instant::now(), 0.0f64);
-        while begin.elapsed() < time {
-            let start = Instant::now();
-            let done = work();
-            best = best.max(done / start.elapsed().as_secs_f64());
-        }
-        best
-    };
-    std::thread::scope(|s| {
-        let all: Vec<_> = (0..threads).map(|_| s.spawn(one)).collect();
-        all.into_iter().map(|t| t.join().unwrap_or(0.0)).sum()
-    })
-}
-
-/// Multiply-adds in registers, FLOP/s of all threads.
-pub fn peak(threads: usize, time: Duration) -> f64 {
-    together(threads, time, || || pulp::Arch::new().dispatch(MultiplyAdds))
-}
-
-/// Independent sums: enough to hide the latency of two units.
-const SUMS: usize = 16;
-/// Rounds of a piece: a fraction of a millisecond.
-const ROUNDS: usize = 20_000;
-
-struct MultiplyAdds;
-
-impl pulp::WithSimd for MultiplyAdds {
-    /// FLOP done.
-    type Output = f64;
-
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, simd: S) -> f64 {
-        let x = simd.splat_f32s(black_box(0.999));
-        let y = simd.splat_f32s(black_box(1e-3));
-        let mut sums = [simd.splat_f32s(1.0); SUMS];
-        for _ in 0..ROUNDS {
-            for sum in &mut sums {
-                *sum = simd.mul_add_f32s(*sum, x, y);
-            }
-        }
-        let total = sums.into_iter().fold(simd.splat_f32s(0.0), |a, b| simd.add_f32s(a, b));
-        black_box(simd.reduce_sum_f32s(total));
-        (2 * SUMS * ROUNDS * S::F32_LANES) as f64
-    }
-}
-
-/// Bytes/s read and written by a copy of more than any cache holds.
-fn bandwidth(threads: usize) -> f64 {
-    const BYTES: usize = 128 << 20;
-    let bytes = BYTES / threads;
-    together(threads, Duration::from_millis(150), || {
-        let (from, mut to) = (vec![1u8; bytes], vec![0u8; bytes]);
-        move || {
-            to.copy_from_slice(black_box(&from));
-            black_box(&mut to);
-            2.0 * bytes as f64
-        }
-    })
 }
 
 #[cfg(test)]
@@ -271,14 +211,16 @@ mod tests {
     fn processors_have_names() {
         let info = "model name\t: Fast\ncpu family\t: 25\nmodel\t\t: 17\nflags\t\t: fpu avx2 avx512f\n\nmodel name\t: Other\n";
         assert_eq!(cpu_name(info), "Fast (family 25, model 17, AVX-512)");
+        let newer = info.replace("avx512f", "avx512f avx512_bf16");
+        assert_eq!(cpu_name(&newer), "Fast (family 25, model 17, AVX-512 with BF16)");
         assert_eq!(cpu_name(""), std::env::consts::ARCH);
     }
 
     #[test]
     fn ceilings_are_found() {
         let m = Machine::cpu(2);
-        assert!(m.ceilings.f32 > 1e8 && m.ceilings.bandwidth > 1e7, "{m:?}");
-        let cost = Cost { flops: m.ceilings.f32 as u64, bytes: 0 };
+        assert!(m.ceilings.f32.rate > 1e8 && m.ceilings.bandwidth > 1e7, "{m:?}");
+        let cost = Cost { flops: m.ceilings.f32.rate as u64, bytes: 0 };
         assert!((m.ceilings.seconds(cost, false).unwrap() - 1.0).abs() < 1e-6);
         assert_eq!(Ceilings::default().seconds(cost, false), None);
     }

@@ -4,8 +4,9 @@
 //! On a GPU an op is timed by events, on inputs in several places in turn, and its second-level cache is overwritten
 //! before every run. On a CPU its operands stay in the caches, on both sides.
 use crate::{
-    contest::{self, Opponent, apart},
+    contest::{self, Class, Opponent, apart},
     error::{Error, Result},
+    floats::{Floats, Tolerance},
     machine::Machine,
     peer::{Peer, words},
     row::Row,
@@ -40,6 +41,8 @@ use transfusion_core::{
 /// Layers of the model that numbers are taken from: a first one and a last one, between which all others are like
 /// these.
 const LAYERS: usize = 2;
+/// How far the results of an op may be apart, relative to the largest.
+const TOLERANCE: Tolerance = Tolerance { f32: 2e-4, rounded: 2e-2, bf16: 3e-2 };
 
 /// An op on operands, and where it occurs.
 #[derive(Clone, Debug)]
@@ -302,7 +305,11 @@ impl Ops<'_> {
         let wanted =
             |op: &str| groups.contains(&Group::of(op)) && (only.is_empty() || only.iter().any(|o| o == op));
         let mut rows = Vec::new();
-        let mut all = distinct(self.config, self.packing)?;
+        let alone = [Group::Squares, Group::Convolutions];
+        let mut all = match groups.iter().all(|g| alone.contains(g)) {
+            true => vec![],
+            false => distinct(self.config, self.packing)?,
+        };
         all.retain(|d| wanted(d.application.op.name()));
         for (i, d) in all.iter().enumerate() {
             note(format!("{} of {}: {} of {}", i + 1, all.len(), d.application, d.program));
@@ -326,18 +333,22 @@ impl Ops<'_> {
         self.config.model.dtype()
     }
 
-    /// How far results may be apart, relative to the largest.
-    fn tolerance(&self) -> f64 {
-        if self.dtype() == DType::Bf16 { 3e-2 } else { 2e-4 }
+    /// How an op stores, and what its products are done in.
+    fn floats(&self, a: &Application) -> Floats {
+        self.stored().of_op(a.op.as_ref(), &a.specs, self.machine.is_cpu())
     }
 
-    fn row(&self, what: &str) -> Row {
-        let (preset, dtype) = (self.preset.into(), self.dtype().name().into());
-        Row { preset, dtype, ..Row::new(self.machine, "ops", what) }
+    /// Without products.
+    fn stored(&self) -> Floats {
+        Floats { stored: self.dtype(), narrow: self.dtype() == DType::Bf16 }
     }
 
-    fn least(&self, work: Cost) -> Option<f64> {
-        self.machine.ceilings.seconds(work, self.dtype() == DType::Bf16)
+    fn row(&self, what: &str, floats: Floats) -> Row {
+        Row { preset: self.preset.into(), ..Row::new(self.machine, "ops", what).of(floats) }
+    }
+
+    fn least(&self, work: Cost, floats: Floats) -> Option<f64> {
+        self.machine.ceilings.seconds(work, floats.narrow)
     }
 
     /// A row of an op; none where the device has no kernel for it.
@@ -370,13 +381,19 @@ impl Ops<'_> {
         note: &mut dyn FnMut(String),
     ) -> Result<Row> {
         let (a, name) = (&d.application, d.application.op.name());
+        let floats = self.floats(a);
         let foreign = self.checked && device.target().is_some();
         let results = if foreign || peer.is_some() { a.run(&mut agreement::cpu()?)? } else { vec![] };
         if foreign {
             self.check(a, &results, device)?;
         }
         let specs: Vec<String> = a.specs.iter().map(|s| format!("{s:?}")).collect();
-        let row = Row { program: d.program.into(), shape: specs.join(" "), count: d.count, ..self.row(name) };
+        let row = Row {
+            program: d.program.into(),
+            shape: specs.join(" "),
+            count: d.count,
+            ..self.row(name, floats)
+        };
         let over = device.target().map_or(0, |t| flush(t.l2));
         let judge = |told: &Value| Ok(told["apart"].as_f64().unwrap_or(0.0));
         let opponent = match peer {
@@ -386,16 +403,15 @@ impl Ops<'_> {
         let mut block = |seconds| bench.block(device, seconds);
         let row = contest::measure(row, &mut block, opponent, self.schedule, note, self.cancel)?;
         let work = work(a);
-        Ok(row.rated(work, self.least(work), self.machine))
+        Ok(row.rated(work, self.least(work, floats), self.machine))
     }
 
     /// Holds our results against those of the CPU.
     fn check(&self, a: &Application, results: &[Host], device: &mut dyn Device) -> Result<()> {
-        let have = a.run(device)?;
+        let (have, most) = (a.run(device)?, TOLERANCE.of([self.floats(a); 2]));
         for (i, (have, want)) in have.iter().zip(results).enumerate() {
             let far = apart(&want.to_f64(), &have.to_f64());
-            if far.is_nan() || far > self.tolerance() {
-                let most = self.tolerance();
+            if far.is_nan() || far > most {
                 return Err(Error::peer(format!(
                     "{a}: result {i} is {far:.1e} from the CPU's, and {most:.0e} is allowed"
                 ))
@@ -416,9 +432,13 @@ impl Ops<'_> {
     ) -> Result<Option<Opponent<'p>>> {
         let (op, device) = (a.op.name(), peer.device.clone());
         let dims: Vec<&[usize]> = a.specs.iter().map(|s| s.shape.dims()).collect();
-        let told = peer.ask(json!({ "do": "ops.variants", "op": op, "specs": dims, "device": device }))?;
-        let (variants, bounds) = (words(&told, "variants")?, words(&told, "bounds")?);
-        if variants.is_empty() {
+        let floats = self.floats(a);
+        let told = peer.ask(json!({
+            "do": "ops.variants", "op": op, "specs": dims, "device": device, "dtype": self.dtype().name(),
+            "rounded": floats.rounded(),
+        }))?;
+        let (classes, bounds) = (Class::told(&told, peer, floats, TOLERANCE)?, words(&told, "bounds")?);
+        if classes.is_empty() {
             return Ok(None);
         }
         let outs = a.op.infer(&a.specs).map_err(Error::peer)?;
@@ -429,14 +449,13 @@ impl Ops<'_> {
         let file = peer.folder().tensors("op.safetensors", &operands.chain(yielded).collect::<Vec<_>>())?;
         Ok(Some(Opponent {
             peer,
-            variants,
+            classes,
             bounds,
             build: json!({
                 "do": "ops.build", "op": op, "told": format!("{:?}", a.op), "device": device,
                 "dtype": self.dtype().name(), "tensors_at": file,
             }),
             judge,
-            tolerance: self.tolerance(),
             time: json!({ "do": "ops.time", "flush": over }),
             trial: self.schedule.seconds,
         }))
@@ -462,6 +481,11 @@ impl Ops<'_> {
         Ok(rows)
     }
 
+    /// The class of the only variant.
+    fn class(&self, variant: &str, tolerance: f64) -> Class {
+        Class { name: self.dtype().name().into(), variants: vec![variant.into()], tolerance }
+    }
+
     /// 3x3 convolutions of the sizes that an image encoder would have, on the other side alone.
     fn convolutions(&self, peer: &mut Peer, note: &mut dyn FnMut(String)) -> Result<Vec<Row>> {
         let over = if peer.device == "cpu" { 0 } else { flush(60 << 20) };
@@ -476,16 +500,15 @@ impl Ops<'_> {
             let judge = |told: &Value| Ok(told["apart"].as_f64().unwrap_or(f64::INFINITY));
             let opponent = Opponent {
                 peer,
-                variants: vec!["channels last".into()],
+                classes: vec![self.class("channels last", TOLERANCE.of([self.stored(); 2]))],
                 bounds: vec![],
                 build,
                 judge: &judge,
-                tolerance: self.tolerance(),
                 time: json!({ "do": "ops.time", "flush": over }),
                 trial: self.schedule.seconds,
             };
             let shape = format!("{images} x {side} x {side} x {channels}, 3x3");
-            let row = Row { shape, preset: String::new(), ..self.row("convolution") };
+            let row = Row { shape, preset: String::new(), ..self.row("convolution", self.stored()) };
             rows.push(contest::alone(row, opponent, self.schedule, note, self.cancel)?);
         }
         Ok(rows)
@@ -542,16 +565,16 @@ impl Ops<'_> {
                 "wants": { "0": [norm] },
             }),
             peer,
-            variants: vec!["fused".into()],
+            classes: vec![self.class("fused", 1e-4)],
             bounds: vec![],
             judge: &judge,
-            tolerance: 1e-4,
             time: json!({ "do": "ops.time" }),
             trial: self.schedule.seconds,
         });
         let shape = format!("{} weights, {} numbers", sizes.len(), sizes.iter().sum::<usize>());
-        let row = Row { program: "update".into(), shape, count: 1, ..self.row("update") };
+        let stored = self.stored();
+        let row = Row { program: "update".into(), shape, count: 1, ..self.row("update", stored) };
         let row = contest::measure(row, &mut block, opponent, self.schedule, note, self.cancel)?;
-        Ok(row.rated(Cost { flops: 0, ..work }, self.least(work), self.machine))
+        Ok(row.rated(Cost { flops: 0, ..work }, self.least(work, stored), self.machine))
     }
 }

@@ -13,13 +13,14 @@ use std::{
 };
 
 /// The scripts, which travel inside this program.
-const SCRIPTS: [(&str, &str); 9] = [
+const SCRIPTS: [(&str, &str); 10] = [
     ("attention.py", include_str!("../torch/attention.py")),
     ("clock.py", include_str!("../torch/clock.py")),
     (COLD, include_str!("../torch/cold.py")),
     ("model.py", include_str!("../torch/model.py")),
     ("ops.py", include_str!("../torch/ops.py")),
     ("peer.py", include_str!("../torch/peer.py")),
+    ("precision.py", include_str!("../torch/precision.py")),
     ("sample.py", include_str!("../torch/sample.py")),
     ("step.py", include_str!("../torch/step.py")),
     ("tensors.py", include_str!("../torch/tensors.py")),
@@ -44,6 +45,8 @@ pub struct Peer {
     pub version: String,
     /// `cpu`, `cuda:0`: as PyTorch names it.
     pub device: String,
+    /// The only variants that are measured; all, if there are none.
+    pub only: Vec<String>,
 }
 
 impl Peer {
@@ -73,8 +76,8 @@ impl Peer {
         };
         let answers = BufReader::new(answers);
         let (requests, python) = (Some(requests), python.to_path_buf());
-        let (version, device) = (String::new(), device.to_string());
-        let mut peer = Peer { child, requests, answers, python, log, folder, version, device };
+        let (version, device, only) = (String::new(), device.to_string(), vec![]);
+        let mut peer = Peer { child, requests, answers, python, log, folder, version, device, only };
         let hello = peer.ask(json!({ "do": "hello", "device": peer.device, "threads": threads }))?;
         peer.version = hello["torch"].as_str().unwrap_or("unknown").into();
         Ok(peer)

@@ -1,5 +1,6 @@
 //! A row of a table: one thing measured, on one machine, once.
 use crate::{
+    floats::Floats,
     machine::Machine,
     statistics::{Pair, Verdict},
 };
@@ -22,6 +23,8 @@ pub struct Row {
     pub program: String,
     /// How floats are stored.
     pub dtype: String,
+    /// What the factors of products are: `f32` or `bf16`.
+    pub matmul: String,
     /// Sizes.
     pub shape: String,
     /// How often a step of the plan does it; 0 where that makes no sense.
@@ -45,7 +48,7 @@ pub struct Row {
     /// Milliseconds, the median; absent where only the other side was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ms: Option<f64>,
-    /// How much a block of ours differs from its next one at most, as a share.
+    /// How much two blocks of ours differ, as a share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread: Option<f64>,
     /// 10^12 model FLOP/s.
@@ -57,9 +60,15 @@ pub struct Row {
     /// The least time by the machine's ceilings over ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub roofline: Option<f64>,
-    /// Model FLOP/s over the machine's.
+    /// Model FLOP/s over the machine's, which are `peak`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mfu: Option<f64>,
+    /// 10^12 FLOP/s that the machine does at most, of such products.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak: Option<f64>,
+    /// What does them: `f32 multiply-adds`, `bf16 dot products`, or the `data sheet` that says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_of: Option<String>,
     /// How many of `unit` a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<f64>,
@@ -75,7 +84,7 @@ pub struct Row {
     /// Its milliseconds, the median.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub torch_ms: Option<f64>,
-    /// How much a block of its differs from the next one at most.
+    /// How much two blocks of its differ.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub torch_spread: Option<f64>,
     /// How many times as long the other side takes, the median over rounds.
@@ -88,6 +97,30 @@ pub struct Row {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub apart: Option<f64>,
     /// Milliseconds of the other side's other variants.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub others: BTreeMap<String, f64>,
+    /// The other side in other precisions than `torch_ms`, measured in the same run: `medium`, `bf16`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub peers: BTreeMap<String, Versus>,
+}
+
+/// Ours in turn with the other side in another precision.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Versus {
+    /// The variant that was fastest.
+    pub variant: String,
+    /// Its milliseconds, the median.
+    pub ms: f64,
+    /// How much two blocks of its differ.
+    pub spread: f64,
+    /// How many times as long it takes, the median over rounds.
+    pub speedup: f64,
+    /// As [`Row::verdict`].
+    pub verdict: String,
+    /// How far its results are from ours at most, relative.
+    pub apart: f64,
+    /// Milliseconds of the other variants in this precision.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub others: BTreeMap<String, f64>,
 }
@@ -112,6 +145,11 @@ impl Row {
         }
     }
 
+    /// Adds how floats are stored and rounded.
+    pub fn of(self, floats: Floats) -> Row {
+        Row { dtype: floats.stored.name().into(), matmul: floats.factors().into(), ..self }
+    }
+
     /// Adds what both sides took.
     pub fn timed(mut self, pair: &Pair) -> Row {
         if !pair.ours.0.is_empty() {
@@ -131,10 +169,13 @@ impl Row {
     /// `least` the least seconds that they take on the machine.
     pub fn rated(mut self, work: Cost, least: Option<f64>, machine: &Machine) -> Row {
         let Some(seconds) = self.ms.map(|ms| ms / 1e3) else { return self };
-        let rate = work.flops as f64 / seconds;
+        let (rate, peak) = (work.flops as f64 / seconds, machine.ceilings.peak(self.matmul == "bf16"));
         if work.flops > 0 {
             self.tflops = Some(rate / 1e12);
-            self.mfu = Some(rate / machine.ceilings.rate(self.dtype == "bf16")).filter(|m| m.is_finite());
+        }
+        if work.flops > 0 && peak.rate > 0.0 {
+            self.mfu = Some(rate / peak.rate);
+            (self.peak, self.peak_of) = (Some(peak.rate / 1e12), Some(peak.of.into()));
         }
         if work.bytes > 0 {
             self.gbs = Some(work.bytes as f64 / seconds / 1e9);
@@ -157,7 +198,10 @@ const COLUMNS: &[Column] = &[
     ("what", |r| r.what.clone()),
     ("preset", |r| r.preset.clone()),
     ("program", |r| r.program.clone()),
-    ("dtype", |r| r.dtype.clone()),
+    ("dtype", |r| match r.dtype == "f32" && r.matmul == "bf16" {
+        true => "f32, products bf16".into(),
+        false => r.dtype.clone(),
+    }),
     ("shape", |r| r.shape.clone()),
     ("times", |r| if r.count > 0 { r.count.to_string() } else { String::new() }),
     ("ms", |r| number(r.ms)),
@@ -166,6 +210,10 @@ const COLUMNS: &[Column] = &[
     ("GB/s", |r| number(r.gbs)),
     ("of roofline", |r| percent(r.roofline)),
     ("MFU", |r| percent(r.mfu)),
+    ("of TFLOP/s", |r| match &r.peak_of {
+        Some(of) => format!("{} ({of})", number(r.peak)),
+        None => String::new(),
+    }),
     ("rate", |r| match (r.rate, &r.unit) {
         (Some(rate), Some(unit)) => format!("{} {unit}", number(Some(rate))),
         _ => String::new(),
@@ -175,10 +223,14 @@ const COLUMNS: &[Column] = &[
     ("its variant", |r| r.torch_variant.clone().unwrap_or_default()),
     ("ratio", |r| r.speedup.map_or(String::new(), |x| format!("{x:.2}"))),
     ("ours is", |r| r.verdict.clone().unwrap_or_default()),
+    ("medium ms", |r| number(r.peers.get("medium").map(|p| p.ms))),
+    ("ratio to medium", |r| ratio(r.peers.get("medium"))),
+    ("bf16 ms", |r| number(r.peers.get("bf16").map(|p| p.ms))),
+    ("ratio to bf16", |r| ratio(r.peers.get("bf16"))),
 ];
 
 /// What a short table leaves out.
-const LONG: &[&str] = &["times", "±", "GB/s", "of roofline", "± "];
+const LONG: &[&str] = &["times", "±", "GB/s", "of roofline", "± ", "of TFLOP/s", "medium ms", "bf16 ms"];
 
 /// What CSV has beside them.
 const MORE: &[Column] = &[
@@ -199,6 +251,11 @@ fn number(x: Option<f64>) -> String {
     let Some(x) = x else { return String::new() };
     let whole = x.abs().log10().floor().max(-3.0) as i32 + 1;
     format!("{x:.*}", (4 - whole).clamp(0, 6) as usize)
+}
+
+/// A ratio, with what may be said of it.
+fn ratio(p: Option<&Versus>) -> String {
+    p.map_or(String::new(), |p| format!("{:.2}, {}", p.speedup, p.verdict))
 }
 
 fn percent(x: Option<f64>) -> String {
@@ -326,7 +383,8 @@ pub fn provenance(rows: &[Row]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::statistics::Blocks;
+    use crate::{peak::Peak, statistics::Blocks};
+    use transfusion_core::tensor::DType;
 
     fn row(what: &str) -> Row {
         let machine = Machine {
@@ -342,7 +400,7 @@ mod tests {
     #[test]
     fn a_row_says_what_follows_from_its_times() {
         let mut machine = Machine::unknown();
-        machine.ceilings.f32 = 4e12;
+        machine.ceilings.f32 = Peak { rate: 4e12, of: "f32 multiply-adds" };
         let rated = row("a").rated(Cost { flops: 2_000_000_000, bytes: 4_000_000 }, Some(1e-3), &machine);
         let near = |have: Option<f64>, want: f64| {
             assert!((have.unwrap() / want - 1.0).abs() < 1e-9, "{have:?} {want}")
@@ -354,14 +412,39 @@ mod tests {
         near(rated.roofline, 0.5);
         near(rated.speedup, 3.15);
         assert!(rated.has(Verdict::Faster) && !rated.has(Verdict::Even));
+        machine.ceilings.bf16 = Peak { rate: 8e12, of: "bf16 dot products" };
+        let floats = Floats { stored: DType::F32, narrow: true };
+        let work = Cost { flops: 2_000_000_000, bytes: 0 };
+        let rounded = row("a").of(floats).rated(work, None, &machine);
+        near(rounded.mfu, 0.125);
+        let table = markdown(&[rounded]);
+        assert!(table.contains("| f32, products bf16 |"), "{table}");
+        assert!(table.contains("| 8.000 (bf16 dot products) |"), "{table}");
         let alone =
             Row::new(&machine, "ops", "b").timed(&Pair { theirs: Blocks(vec![1.0]), ..Pair::default() });
         assert_eq!((alone.ms, alone.torch_ms, alone.speedup, alone.verdict), (None, Some(1.0), None, None));
     }
 
+    fn versus(speedup: f64) -> Versus {
+        Versus { variant: "eager".into(), ms: 4.0, speedup, verdict: "faster".into(), ..Versus::default() }
+    }
+
+    #[test]
+    fn other_precisions_have_columns_of_their_own() {
+        let peers = [("medium", 2.0), ("bf16", 1.5)].map(|(name, x)| (name.into(), versus(x)));
+        let row = Row { peers: peers.into(), ..row("a") };
+        let (long, short) = (markdown(std::slice::from_ref(&row)), brief(&[row]));
+        assert!(long.contains("| faster | 4.000 | 2.00, faster | 4.000 | 1.50, faster |"), "{long}");
+        assert!(
+            short.contains("| ratio to medium | ratio to bf16 |") && !short.contains("medium ms"),
+            "{short}"
+        );
+    }
+
     #[test]
     fn rows_come_back_from_json() {
-        let rows = vec![row("a"), Row { count: 3, rate: Some(0.1 + 0.2), ..row("b") }];
+        let peers = [("medium".into(), versus(2.0))].into();
+        let rows = vec![Row { peers, ..row("a") }, Row { count: 3, rate: Some(0.1 + 0.2), ..row("b") }];
         let text = json(&rows);
         assert!(
             text.contains("\"ms\":2.0")

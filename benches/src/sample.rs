@@ -1,10 +1,11 @@
 //! Sampling beside PyTorch's on the same weights: text, a token of every sequence at a time; guided denoising of
 //! images; and how long a process takes from nothing to its first token.
 use crate::{
-    contest::{self, Opponent, apart},
+    contest::{self, Class, Opponent, apart},
     error::{Error, Result},
+    floats::{Floats, Tolerance},
     machine::Machine,
-    peer::{COLD, Peer, numbers, words},
+    peer::{COLD, Peer, numbers},
     row::Row,
     statistics::{Schedule, alternate},
 };
@@ -42,6 +43,8 @@ const PROMPT: usize = 16;
 const COLD_PROMPT: &str = "ROMEO: what";
 /// Seconds that a variant of the other side is timed for, to find the fastest.
 const TRIAL: f64 = 0.5;
+/// How far logits and pictures may be apart, relative to the largest.
+const TOLERANCE: Tolerance = Tolerance { f32: 1e-4, rounded: 3e-2, bf16: 5e-2 };
 
 /// What sampling is measured with.
 pub struct Sampler<'a> {
@@ -76,30 +79,31 @@ impl Sampler<'_> {
         mut peer: Option<&mut Peer>,
         note: &mut dyn FnMut(String),
     ) -> Result<Vec<Row>> {
-        let mut engine = Engine::initialised(self.config.model.clone(), device, self.config.train.seed)?;
-        let variants = match &mut peer {
-            Some(peer) => prepare(peer, &mut engine)?,
+        let seed = self.config.train.seed;
+        let mut engine = Engine::initialised(self.config.model.clone(), device, seed)?;
+        let classes = match &mut peer {
+            Some(peer) => prepare(peer, &mut engine, self.floats())?,
             None => vec![],
         };
-        let stage = Sampling::new(self.config, self.config.train.seed)?;
-        let mut rows = vec![self.text(&stage, &mut engine, peer.as_deref_mut(), &variants, note)?];
+        let stage = Sampling::new(self.config, seed)?;
+        let mut rows = vec![self.text(&stage, &mut engine, peer.as_deref_mut(), &classes, note)?];
         if self.config.model.image().is_some() {
-            rows.push(self.denoising(&stage, engine, peer, &variants, note)?);
+            rows.push(self.denoising(&stage, engine, peer, &classes, note)?);
         }
         Ok(rows)
+    }
+
+    /// How the model stores, and what its products are done in.
+    fn floats(&self) -> Floats {
+        Floats::of(&self.config.model, self.machine.is_cpu())
     }
 
     fn row(&self, what: &str, unit: &str) -> Row {
         Row {
             preset: self.preset.into(),
-            dtype: self.config.model.dtype().name().into(),
             unit: Some(unit.into()),
-            ..Row::new(self.machine, "sample", what)
+            ..Row::new(self.machine, "sample", what).of(self.floats())
         }
-    }
-
-    fn tolerance(&self) -> f64 {
-        if self.config.model.dtype().name() == "bf16" { 5e-2 } else { 1e-4 }
     }
 
     /// Greedy text of every sequence at once.
@@ -108,7 +112,7 @@ impl Sampler<'_> {
         stage: &Sampling<'_>,
         engine: &mut Engine,
         peer: Option<&mut Peer>,
-        variants: &[String],
+        classes: &[Class],
         note: &mut dyn FnMut(String),
     ) -> Result<Row> {
         let (sequences, length) = (self.config.train.rows, self.config.train.positions);
@@ -117,26 +121,27 @@ impl Sampler<'_> {
         let prompts: Vec<Vec<i32>> = (0..sequences).map(|i| stage.prompt(i)).collect();
         let judge = |told: &Value| Ok(apart(&ours, &numbers(told, "logits")?));
         let prompt = PROMPT.min(length / 4).max(1);
-        let count = TOKENS.min(length - prompt - 2).max(2);
+        let count = TOKENS.min(length.saturating_sub(prompt + 2)).max(2);
+        let room = length.max(prompt + count + 2);
         let opponent = peer.map(|peer| Opponent {
             peer,
-            variants: variants.to_vec(),
+            classes: classes.to_vec(),
             bounds: vec![],
-            build: json!({ "do": "sample.decode", "prompts": prompts, "token": stage.token(), "length": length }),
+            build: json!({ "do": "sample.decode", "prompts": prompts, "token": stage.token(), "length": room }),
             judge: &judge,
-            tolerance: self.tolerance(),
             time: json!({ "do": "sample.time_decode", "prompt": prompt + 1, "count": count }),
             trial: TRIAL,
         });
+        let floats = Floats::of_rows(&self.config.model, sequences, self.machine.is_cpu());
         let row = Row {
             shape: format!("{sequences} x {count} tokens behind {prompt}"),
-            ..self.row("decode", "tokens/s")
+            ..self.row("decode", "tokens/s").of(floats)
         };
         note(format!("{}: decoding", self.preset));
         let mut block = |seconds| decode(engine, sequences, prompt, count, seconds);
         let row = contest::measure(row, &mut block, opponent, self.schedule, note, self.cancel)?;
         let work = decode_work(&self.config.model, sequences, prompt + count / 2);
-        let mut row = row.rated(work, self.least(work), self.machine);
+        let mut row = row.rated(work, self.least(work, floats), self.machine);
         row.rate = row.ms.map(|ms| sequences as f64 / ms * 1e3);
         Ok(row)
     }
@@ -147,7 +152,7 @@ impl Sampler<'_> {
         stage: &Sampling<'_>,
         engine: Engine,
         peer: Option<&mut Peer>,
-        variants: &[String],
+        classes: &[Class],
         note: &mut dyn FnMut(String),
     ) -> Result<Row> {
         let sequences = self.config.train.rows;
@@ -169,11 +174,10 @@ impl Sampler<'_> {
                     json!(peer.folder().tensors("noise.safetensors", &[("noise".into(), spec, noise)])?);
                 Some(Opponent {
                     peer,
-                    variants: variants.to_vec(),
+                    classes: classes.to_vec(),
                     bounds: vec![],
                     build,
                     judge: &judge,
-                    tolerance: self.tolerance(),
                     time: json!({ "do": "sample.time_denoise" }),
                     trial: TRIAL,
                 })
@@ -188,13 +192,13 @@ impl Sampler<'_> {
         let row =
             contest::measure(row, &mut |s| denoiser.block(s), opponent, self.schedule, note, self.cancel)?;
         let work = denoiser.work(&self.config.model)?;
-        let mut row = row.rated(work, self.least(work), self.machine);
+        let mut row = row.rated(work, self.least(work, self.floats()), self.machine);
         row.rate = row.ms.map(|ms| 1e3 / ms);
         Ok(row)
     }
 
-    fn least(&self, work: Cost) -> Option<f64> {
-        self.machine.ceilings.seconds(work, self.config.model.dtype().name() == "bf16")
+    fn least(&self, work: Cost, floats: Floats) -> Option<f64> {
+        self.machine.ceilings.seconds(work, floats.narrow)
     }
 
     /// Seconds from the start of a process to its end with one token, of `program sample` and of PyTorch: the whole
@@ -230,15 +234,16 @@ impl Sampler<'_> {
 }
 
 /// Hands the weights to the other side; its variants.
-fn prepare(peer: &mut Peer, engine: &mut Engine) -> Result<Vec<String>> {
+fn prepare(peer: &mut Peer, engine: &mut Engine, floats: Floats) -> Result<Vec<Class>> {
     let exported = peer.folder().path().join("sampled");
     let _ = std::fs::remove_dir_all(&exported);
     hf::export(engine, &exported)?;
     let asked = json!({
-        "do": "sample.prepare", "config": engine.config(), "device": peer.device,
+        "do": "sample.prepare", "config": engine.config(), "device": peer.device, "rounded": floats.rounded(),
         "weights": exported.join("model.safetensors"), "dtype": engine.config().dtype().name(),
     });
-    words(&peer.ask(asked)?, "variants")
+    let told = peer.ask(asked)?;
+    Class::told(&told, peer, floats, TOLERANCE)
 }
 
 /// Our logits behind the prompts and one token.

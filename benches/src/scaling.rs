@@ -1,7 +1,9 @@
 //! What a training step costs with more threads, positions, width, layers and documents; on a CPU.
 use crate::{
     error::Result,
-    machine::{self, Machine},
+    floats::Floats,
+    machine::Machine,
+    peak::peak,
     row::Row,
     statistics::{Schedule, alternate, median},
     step::{Step, packing},
@@ -115,8 +117,8 @@ impl Scaling<'_> {
     }
 
     fn row(&self, axis: Axis, config: &RunConfig, shape: String) -> Row {
-        let (preset, dtype) = (self.preset.into(), config.model.dtype().name().into());
-        Row { preset, dtype, shape, ..Row::new(self.machine, "scaling", axis.name()) }
+        let row = Row::new(self.machine, "scaling", axis.name()).of(Floats::of(&config.model, true));
+        Row { preset: self.preset.into(), shape, ..row }
     }
 
     /// The cost of a step of one size; the rate is that of positions that hold a document.
@@ -130,8 +132,8 @@ impl Scaling<'_> {
         Ok(Row { rate, unit: Some("tokens/s".into()), ..row })
     }
 
-    /// A step with one thread and with all, in turn with multiply-adds in registers with one and with all: what
-    /// more threads gain, and the share of that which a step gains.
+    /// A step with one thread and with all, in turn with multiply-adds in registers with one and with all, of the kind
+    /// that the step's products are: what more threads gain, and the share of that which a step gains.
     fn threads(&self, note: &mut dyn FnMut(String)) -> Result<Vec<Row>> {
         let (config, all) = (wide(self.config), self.machine.threads);
         let mut steps = Vec::new();
@@ -142,13 +144,13 @@ impl Scaling<'_> {
         }
         let [one, many] = &mut steps[..] else { return Ok(vec![]) };
         note(format!("threads: width {WIDTH}, 1 and {all}"));
-        let adds = [1, all].map(std::cell::Cell::new);
+        let precision = config.model.precision(config.model.dtype());
         let mut gains = Vec::new();
         let time = Duration::from_secs_f64((self.schedule.seconds / 4.0).max(0.02));
         let pair = alternate(
             self.schedule,
             &mut |s| {
-                let [single, several] = [&adds[0], &adds[1]].map(|n| machine::peak(n.get(), time));
+                let [single, several] = [1, all].map(|n| peak(n, precision, time).rate);
                 gains.push(several / single);
                 one.block(s)
             },

@@ -1,9 +1,10 @@
 //! A whole training step, beside PyTorch's on the same weights and the same batch.
 use crate::{
-    contest::{self, Opponent, apart},
-    error::{Error, Result},
+    contest::{self, Class, Opponent, apart},
+    error::Result,
+    floats::{Floats, Tolerance},
     machine::Machine,
-    peer::{Peer, numbers, words},
+    peer::{Peer, numbers},
     row::Row,
     statistics::Schedule,
 };
@@ -19,12 +20,19 @@ use transfusion::{
     sample::Cancel,
     train::Trainer,
 };
-use transfusion_core::{device::Device, launch::Cost};
+use transfusion_core::{
+    device::Device,
+    launch::Cost,
+    plan::{self, Plan},
+    tensor::Spec,
+};
 
 /// Steps whose losses and gradient norms both sides must agree on.
 const CHECKED: usize = 4;
 /// Seconds that a variant of the other side is timed for, to find the fastest.
 const TRIAL: f64 = 1.0;
+/// How far losses may be apart, relative.
+const TOLERANCE: Tolerance = Tolerance { f32: 1e-4, rounded: 3e-3, bf16: 1e-2 };
 
 /// A training step to be measured.
 pub struct Step {
@@ -97,7 +105,7 @@ impl Step {
         Ok(Cost { flops: model::step_flops(&self.config.model, &self.batch), bytes })
     }
 
-    fn plans(&mut self) -> Result<[transfusion_core::plan::Plan; 2]> {
+    fn plans(&mut self) -> Result<[Plan; 2]> {
         let loss = Program::Loss(self.trainer.capacity(), LossOptions::TRAIN);
         let update = Program::Update(self.trainer.options().update());
         let engine = self.trainer.engine();
@@ -109,10 +117,18 @@ impl Step {
     /// # Errors
     /// If a plan cannot be made.
     pub fn least(&mut self, machine: &Machine) -> Result<Option<f64>> {
-        let bf16 = self.config.model.torch_dtype == "bfloat16";
-        let plans = self.plans()?;
-        let steps = plans.iter().flat_map(|p| &p.steps);
-        Ok(steps.map(|s| machine.ceilings.seconds(s.cost, bf16)).sum())
+        let (plans, floats, on_cpu) = (self.plans()?, self.floats(), machine.is_cpu());
+        let least = |s: &plan::Step| {
+            let ins: Vec<Spec> = s.ins.iter().map(|slot| slot.spec).collect();
+            machine.ceilings.seconds(s.cost, floats.of_op(s.op.as_ref(), &ins, on_cpu).narrow)
+        };
+        Ok(plans.iter().flat_map(|p| &p.steps).map(least).sum())
+    }
+
+    /// How it stores, and what its products are done in.
+    pub fn floats(&mut self) -> Floats {
+        let on_cpu = self.trainer.engine().device().target().is_none();
+        Floats::of(&self.config.model, on_cpu)
     }
 
     fn shape(&self) -> String {
@@ -122,7 +138,8 @@ impl Step {
 }
 
 /// Hands weights and batch to the other side; its variants.
-fn prepare(peer: &mut Peer, step: &mut Step) -> Result<Vec<String>> {
+fn prepare(peer: &mut Peer, step: &mut Step) -> Result<Vec<Class>> {
+    let floats = step.floats();
     let config = &step.config;
     let folder = peer.folder();
     let exported = folder.path().join("weights");
@@ -132,19 +149,10 @@ fn prepare(peer: &mut Peer, step: &mut Step) -> Result<Vec<String>> {
     let asked = json!({
         "do": "step.prepare", "config": &config.model, "train": &config.train, "batch": batch,
         "weights": exported.join("model.safetensors"), "dtype": config.model.dtype().name(),
-        "device": peer.device,
+        "rounded": floats.rounded(), "device": peer.device,
     });
-    words(&peer.ask(asked)?, "variants")
-}
-
-/// The variant that was asked for alone, where there is one.
-fn only(variants: Vec<String>, wanted: Option<&str>) -> Result<Vec<String>> {
-    match wanted {
-        None => Ok(variants),
-        Some(wanted) if variants.iter().any(|v| v == wanted) => Ok(vec![wanted.into()]),
-        Some(wanted) => Err(Error::peer(format!("PyTorch has no variant {wanted:?} here"))
-            .with_remedy(format!("the variants are: {}", variants.join("; ")))),
-    }
+    let told = peer.ask(asked)?;
+    Class::told(&told, peer, floats, TOLERANCE)
 }
 
 /// How far losses are from ours, and gradient norms, which count a tenth.
@@ -154,7 +162,7 @@ fn judge(ours: &[(f64, f64)], told: &serde_json::Value) -> Result<f64> {
     Ok(apart(&our_losses, &losses).max(apart(&our_norms, &norms) / 10.0))
 }
 
-/// Measures a step, beside PyTorch's where there is one. `variant` is the other side's only one.
+/// Measures a step, beside PyTorch's where there is one.
 ///
 /// # Errors
 /// What either side refuses; results that do not agree.
@@ -162,40 +170,35 @@ pub fn measure(
     preset: &str,
     mut step: Step,
     machine: &Machine,
-    peer: Option<(&mut Peer, Option<&str>)>,
+    mut peer: Option<&mut Peer>,
     schedule: Schedule,
     note: &mut dyn FnMut(String),
     cancel: Cancel<'_>,
 ) -> Result<Row> {
-    let (dtype, train) = (step.config.model.dtype().name(), step.config.train.clone());
-    let asked = match peer {
-        Some((peer, variant)) => {
-            note("PyTorch's variants are compiled, and checked against ours: that takes a while".into());
-            let variants = only(prepare(peer, &mut step)?, variant)?;
-            Some((peer, variants))
-        }
-        None => None,
-    };
+    let (floats, train) = (step.floats(), step.config.train.clone());
+    let mut classes = vec![];
+    if let Some(peer) = &mut peer {
+        note("PyTorch's variants are compiled, and checked against ours: that takes a while".into());
+        classes = prepare(peer, &mut step)?;
+    }
     // The first steps also take memory and raise clocks.
     let ours: Vec<(f64, f64)> = (0..CHECKED).map(|_| step.take()).collect::<Result<_>>()?;
     let rates: Vec<f64> = (0..CHECKED as u64).map(|i| train.learning_rate(i)).collect();
     let judge = |told: &serde_json::Value| judge(&ours, told);
-    let opponent = asked.map(|(peer, variants)| Opponent {
+    let opponent = peer.map(|peer| Opponent {
         peer,
-        variants,
+        classes,
         bounds: vec![],
         build: json!({ "do": "step.build", "rates": rates }),
         judge: &judge,
-        tolerance: if dtype == "bf16" { 1e-2 } else { 1e-4 },
         time: json!({ "do": "step.time" }),
         trial: TRIAL,
     });
     let row = Row {
         preset: preset.into(),
-        dtype: dtype.into(),
         shape: step.shape(),
         unit: Some("tokens/s".into()),
-        ..Row::new(machine, "step", "training step")
+        ..Row::new(machine, "step", "training step").of(floats)
     };
     let row = contest::measure(row, &mut |s| step.block(s), opponent, schedule, note, cancel)?;
     let mut row = row.rated(step.work()?, step.least(machine)?, machine);

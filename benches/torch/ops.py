@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attention as masks
 import clock
+import precision
 import tensors
 from model import rotate
 
@@ -52,6 +53,7 @@ def zipped(x):
 
 
 ROWS = ("eager", "compiled")
+PRODUCTS = ("linear", "linear_dx", "linear_dw", "cross_entropy", "cross_entropy_bwd")
 
 
 @peer("eager")
@@ -417,13 +419,14 @@ def update(s, t):
     return Task(run, lambda norm: {0: norm}, compiles=False, again=again)
 
 
-def variants(op, specs, device, **_):
-    """Which there are: those that do the same, and bounds."""
+def variants(op, specs, device, dtype, rounded):
+    """Which there are: those that do the same, by class, and bounds."""
+    plain, bounds = list(PEERS[op][0]) if op in PEERS else [], []
     if op in ("attention", "attention_bwd"):
         cached, queries = len(specs) in (6, 9), specs[0][1]
         plain, bounds = attention_variants(cached, queries, device, op == "attention_bwd")
-        return {"variants": plain, "bounds": bounds}
-    return {"variants": list(PEERS[op][0]) if op in PEERS else [], "bounds": []}
+    narrow = plain if dtype == "bf16" else [f"{variant} bf16" for variant in plain]
+    return {"classes": precision.classes(plain, narrow, dtype, rounded and op in PRODUCTS), "bounds": bounds}
 
 
 state = {}
@@ -433,12 +436,16 @@ def build(op, told, variant, device, dtype, tensors_at=None, wants=None, **more)
     """Builds a variant; how far its results are from what they should be."""
     held = tensors.load(tensors_at, device) if tensors_at else {}
     ins = [held[f"in{i}"] for i in range(sum(name.startswith("in") for name in held))]
+    words = variant.split()
+    precision.use(words)
+    if "bf16" in words:
+        ins = [x.bfloat16() if x.is_floating_point() else x for x in ins]
     s = settings(told)
     s.text, s.variant, s.device = told, variant, device
     s.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     vars(s).update(more)
     task = PEERS[op][1](s, ins)
-    compiled = torch.compile(dynamic=False, fullgraph=True) if variant == "compiled" else lambda f: f
+    compiled = torch.compile(dynamic=False, fullgraph=True) if "compiled" in words else lambda f: f
     if hasattr(task, "backward"):
         task.run = task.backward(compiled)
     elif task.compiles:

@@ -1,8 +1,9 @@
 """B9: sampling with a static cache: text, one greedy token of every sequence at a time, and guided denoising of images.
 
-Variants are words as in step.py; `graph` replays one CUDA graph for every token or denoising step. The traps: logits, or the
-prediction and the next image, are held against the engine's first; every token reaches the host, since somebody reads it; the
-noise level and the coefficients of a denoising step are tensors, so that one graph serves all of them.
+Variants are words as in step.py; `graph` replays one CUDA graph for every token or denoising step, `bf16` stores weights and
+cache in it. The traps: logits, or the prediction and the next image, are held against the engine's first; every token reaches
+the host, since somebody reads it; the noise level and the coefficients of a denoising step are tensors, so that one graph
+serves all of them.
 """
 
 import time
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 import attention
 import clock
+import precision
 import tensors
 from model import Model, rotate
 
@@ -217,26 +219,35 @@ def variants(device):
 state = {}
 
 
-def prepare(config, weights, dtype, device):
+def prepare(config, weights, dtype, device, rounded):
     state.clear()
-    to = torch.bfloat16 if dtype == "bf16" else torch.float32
-    loaded = {name: w.to(to) for name, w in tensors.load(weights, device).items()}
-    state.update(device=device, model=Model(config, loaded).to(device).requires_grad_(False))
-    return {"variants": variants(device)}
+    state.update(device=device, config=config, weights=tensors.load(weights, device))
+    plain = variants(device)
+    return {"classes": precision.classes(plain, [f"{name} bf16" for name in plain], dtype, rounded)}
+
+
+def model(variant):
+    """The weights as a variant stores them, which computes as it is allowed to from now on."""
+    words = variant.split()
+    precision.use(words)
+    to = torch.bfloat16 if "bf16" in words else torch.float32
+    weights = {name: w.to(to) for name, w in state["weights"].items()}
+    return Model(state["config"], weights).to(state["device"]).requires_grad_(False)
 
 
 def decode(variant, prompts, token, length):
     """Builds a decoder; its logits behind `token`."""
     prompts = torch.tensor(prompts, device=state["device"])
-    state["decoder"] = d = Decoder(variant, state["model"], prompts, length, state["device"])
+    state["decoder"] = d = Decoder(variant, model(variant), prompts, length, state["device"])
     return {"logits": d.check(token)}
 
 
 def denoise(variant, contexts, steps, noise, t, row):
     """Builds a denoiser; the images that follow noise at `t`."""
-    s = state["model"].sizes
+    m = model(variant)
+    s = m.sizes
     noise = tensors.load(noise, state["device"])["noise"].reshape(-1, s.side, s.side, s.channels)
-    state["denoiser"] = d = Denoiser(variant, state["model"], contexts, steps, noise, state["device"])
+    state["denoiser"] = d = Denoiser(variant, m, contexts, steps, noise, state["device"])
     return d.check(t, row)
 
 

@@ -2,9 +2,10 @@
 (fused), the running means where they are kept.
 
 Variants are words: `eager` or `compiled` (torch.compile), `wrapped` (its C++ wrapper instead of the Python one), `autotuned`
-(max-autotune); `flex` (FlexAttention in place of SDPA); `graph` (the whole step as one CUDA graph); in bf16 `autocast` (f32
-weights) or `master` (bf16 weights and f32 masters). The trap: every variant is held against the engine's losses before it is
-timed, the batch's mask is built inside the step, and the noise is drawn inside the step, as the engine does both.
+(max-autotune); `flex` (FlexAttention in place of SDPA); `graph` (the whole step as one CUDA graph); `medium` as in
+precision.py; in bf16 `autocast` (f32 weights) or `master` (bf16 weights and f32 masters). The trap: every variant is held
+against the engine's losses before it is timed, the batch's mask is built inside the step, and the noise is drawn inside the
+step, as the engine does both.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 import attention
 import clock
+import precision
 import tensors
 from model import Model, patchify
 
@@ -220,30 +222,31 @@ class Step:
         return told
 
 
-def variants(dtype, device, positions):
+def variants(device, positions):
     """What might be fastest."""
     if device == "cpu":
-        plain = ["eager", "compiled", "compiled wrapped"]
-        return [f"{v} {cast}" for v in plain for cast in ("autocast", "master")] if dtype == "bf16" else plain
+        return ["eager", "compiled", "compiled wrapped"]
     plain = ["compiled flex", "compiled flex graph", "autotuned flex graph", "compiled graph"]
-    plain = [v for v in plain if positions >= FLEX_FROM or "flex" not in v]
-    return [f"{v} {cast}" for v in plain for cast in ("autocast", "master")] if dtype == "bf16" else plain
+    return [v for v in plain if positions >= FLEX_FROM or "flex" not in v]
 
 
 state = {}
 
 
-def prepare(config, train, weights, batch, dtype, device):
+def prepare(config, train, weights, batch, dtype, device, rounded):
     state.clear()
-    state.update(config=config, train=train, dtype=dtype, device=device)
+    state.update(config=config, train=train, device=device)
     state["weights"] = {name: w.float() for name, w in tensors.load(weights, device).items()}
     state["batch"] = Batch(batch, device)
-    return {"variants": variants(dtype, device, state["batch"].tokens.shape[1])}
+    plain = variants(device, state["batch"].tokens.shape[1])
+    narrow = [f"{variant} {cast}" for variant in plain for cast in ("autocast", "master")]
+    return {"classes": precision.classes(plain, narrow, dtype, rounded)}
 
 
 def build(variant, rates):
     """Builds a variant and takes its first steps."""
     of = state
+    precision.use(variant.split())
     state["step"] = step = Step(variant, of["config"], of["train"], of["weights"], of["batch"], of["device"])
     told = step.check(rates)
     return {"losses": [loss for loss, _ in told], "norms": [norm for _, norm in told]}

@@ -1,6 +1,6 @@
 //! The one trait an operation implements: everything known about it, on one page.
 use crate::{
-    cpu::Cpu,
+    cpu::{Cpu, Precision},
     error::Result,
     graph::{Graph, Node},
     launch::{Cost, Kernels, Target},
@@ -91,6 +91,12 @@ pub trait Op: Debug + Send + Sync {
     /// Work and traffic. The default counts each operand's bytes once and no operations.
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         Cost { flops: 0, bytes: traffic(ins, outs) }
+    }
+
+    /// What the CPU may round the factors of its products to, for operands of these types.
+    fn precision(&self, ins: &[Spec]) -> Precision {
+        let _ = ins;
+        Precision::F32
     }
 
     /// Where output `out` lives.

@@ -66,10 +66,16 @@ fn a_step_is_a_row() {
         positive(row, &["ms", "tflops", "gbs", "roofline", "mfu", "rate"]);
         assert_eq!((&row["bench"], &row["what"]), (&"step".into(), &"training step".into()));
         assert_eq!(row["dtype"], if more.contains("bf16") { "bf16" } else { "f32" });
+        let narrow = row["matmul"] == "bf16";
+        let of = row["peak_of"].as_str().unwrap();
+        assert!(of == "f32 multiply-adds" || narrow && of == "bf16 dot products", "{row}");
         assert!(row["shape"].as_str().unwrap().starts_with("2 x 96, ") && row["spread"].is_number());
         assert!(row["device"].as_str().is_some_and(|d| !d.is_empty()) && row["threads"] == 1);
         assert!(row["date"].as_str().unwrap().starts_with("20") && row["torch_ms"].is_null());
     }
+    let single = "model.transfusion.matmul_precision=float32";
+    let [row] = &rows(&folder, &format!("step --device cpu {SHORT} {SMALL} {single}"))[..] else { panic!() };
+    assert_eq!((&row["matmul"], &row["peak_of"]), (&"f32".into(), &"f32 multiply-adds".into()));
     let table = succeed(&folder, &format!("step --device cpu {SHORT} {SMALL} --md"));
     assert!(
         table.contains("| what | preset | dtype | shape | ms |")
@@ -155,7 +161,8 @@ fn scaling_varies_one_size_at_a_time() {
 #[test]
 fn tables_are_made_of_rows_and_written_between_markers() {
     let folder = scratch("bench-table");
-    let rows = succeed(&folder, &format!("step --device cpu {SHORT} {SMALL} --json"));
+    let single = "model.transfusion.matmul_precision=float32";
+    let rows = succeed(&folder, &format!("step --json --device cpu {SHORT} {SMALL} {single}"));
     fs::write(folder.join("rows.jsonl"), format!("# bench step\n{rows}")).unwrap();
     assert!(succeed(&folder, "table rows.jsonl").contains("| training step | tiny | f32 |"));
     fs::write(folder.join("page.md"), "A <!-- bench:step --> <!-- /bench --> B").unwrap();

@@ -34,6 +34,11 @@ impl Precision {
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
+
+    /// That of a product with so many rows: few are not rounded.
+    pub fn of_rows(self, rows: usize) -> Precision {
+        if rows <= FEW { Precision::F32 } else { self }
+    }
 }
 
 /// A strided matrix.

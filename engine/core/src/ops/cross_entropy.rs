@@ -137,6 +137,10 @@ impl Op for CrossEntropy {
         Cost { flops: product, bytes: traffic(ins, outs) }
     }
 
+    fn precision(&self, _: &[Spec]) -> Precision {
+        self.precision
+    }
+
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let stop = || Grad::Stop("the count is data");
         let Some(dloss) = d[0] else { return Ok(vec![stop(); n.ins.len()]) };
@@ -218,6 +222,10 @@ impl Op for CrossEntropyBwd {
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
         Cost { flops: 3 * product, bytes: traffic(ins, outs) }
+    }
+
+    fn precision(&self, _: &[Spec]) -> Precision {
+        self.precision
     }
 
     fn memory(&self, out: usize) -> Memory {

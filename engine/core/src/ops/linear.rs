@@ -165,6 +165,10 @@ impl Op for Linear {
         Cost { flops: product, bytes: traffic(ins, outs) }
     }
 
+    fn precision(&self, ins: &[Spec]) -> Precision {
+        self.precision.of_rows(ins[0].shape.rows())
+    }
+
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); n.ins.len()]) };
         let (x, w) = (n.ins[0], n.ins[1]);
@@ -219,6 +223,10 @@ impl Op for LinearDx {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.last() as u64;
         Cost { flops: product, bytes: traffic(ins, outs) }
     }
+
+    fn precision(&self, ins: &[Spec]) -> Precision {
+        self.precision.of_rows(ins[0].shape.rows())
+    }
 }
 
 impl Op for LinearDw {
@@ -252,6 +260,10 @@ impl Op for LinearDw {
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.last() as u64;
         Cost { flops: product, bytes: traffic(ins, outs) }
+    }
+
+    fn precision(&self, ins: &[Spec]) -> Precision {
+        self.precision.of_rows(ins[0].shape.last())
     }
 
     fn memory(&self, _: usize) -> Memory {

@@ -114,6 +114,9 @@ pub(crate) struct Bout {
     /// The Python interpreter that has PyTorch.
     #[arg(long, value_name = "PATH", default_value = "python3", requires = "against")]
     python: PathBuf,
+    /// Measure only this variant of the other side, as "eager medium"; may be repeated [default: all of them].
+    #[arg(long, value_name = "WORDS", requires = "against")]
+    variant: Vec<String>,
     #[command(flatten)]
     timing: Timing,
 }
@@ -161,7 +164,9 @@ impl Bout {
         if self.against.is_none() {
             return Ok(None);
         }
-        Peer::start(&self.python, &opened.name, opened.machine.threads).map(Some).map_err(failure)
+        let mut peer = Peer::start(&self.python, &opened.name, opened.machine.threads).map_err(failure)?;
+        peer.only.clone_from(&self.variant);
+        Ok(Some(peer))
     }
 
     /// How long, where nobody says otherwise in blocks of so many seconds.

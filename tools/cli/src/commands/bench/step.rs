@@ -9,7 +9,9 @@ use transfusion_benches::step;
 ///
 /// TFLOP/s and MFU count model FLOPs: positions, targets and images that the batch holds, and the pairs of a
 /// query and a key that it sees. PyTorch's losses and gradient norms have to agree with ours over the first
-/// steps before it is timed.
+/// steps before it is timed. Where ours rounds the factors of products to bf16 (settings:
+/// model.transfusion.matmul_precision) "torch_ms" is PyTorch's f32 as ever, and "peers" tells of PyTorch
+/// that may round as well ("medium") and of PyTorch in bf16.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -21,9 +23,6 @@ pub(crate) struct Step {
     sizing: Sizing,
     #[command(flatten)]
     bout: Bout,
-    /// Measure only this variant of the other side [default: the fastest of all].
-    #[arg(long, value_name = "WORDS", requires = "against")]
-    variant: Option<String>,
     #[command(flatten)]
     format: Format,
 }
@@ -41,7 +40,7 @@ impl Step {
             &self.sizing.settings.preset,
             measured,
             &opened.machine,
-            peer.as_mut().map(|peer| (peer, self.variant.as_deref())),
+            peer.as_mut(),
             self.bout.schedule(2.0),
             &mut |text| console::note(text),
             Cancel(Some(&stop)),
