@@ -80,7 +80,11 @@ else
 fi
 check bench 90 "$bin" kernels bench --device "$device" --unchecked --float bf16 --json
 if python3 -c 'import torch; torch.zeros(1).cuda()' 2>/dev/null; then
-    check peers 120 python3 tools/gpu-peers.py "$out/bench.log" && cp "$out/peers.log" "$out/table.txt"
+    for group in squares products rows attention; do
+        check "peers-$group" 300 "$bin" bench ops --preset 0.16b --batch 1 --positions 1024 --dtype bf16 \
+            --group "$group" --device "$device" --against torch --rounds 3
+    done
+    grep -h '^|' "$out"/peers-*.log >"$out/table.txt"
 else
     row peers skipped "python3 has no torch that sees the GPU"
 fi
