@@ -272,6 +272,8 @@ impl<'a> In<'a> {
 pub struct Out<'a> {
     /// Extents.
     pub shape: Shape,
+    /// What the device will store it as, for an op that goes on from a result that it yields.
+    pub stored: DType,
     /// Elements.
     pub data: ViewMut<'a>,
 }

@@ -4,7 +4,7 @@ use crate::{
     config::ModelConfig,
     engine::{Engine, Program},
     error::{Error, Result},
-    model::{Capacity, LossOptions, UpdateOptions},
+    model::{Capacity, LossOptions, Recompute, UpdateOptions},
 };
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -49,6 +49,9 @@ pub struct TrainOptions {
     pub max_norm: f64,
     /// Limit of the decay of the running means of the weights; 0 keeps none.
     pub ema: f64,
+    /// What the backward pass computes again instead of keeping it: `none`, `cheap` (passes over rows), or
+    /// `blocks` (whole layers). Changes memory and time, and no bit.
+    pub recompute: Recompute,
     /// Seed of weights, order, noise levels and noise.
     pub seed: u64,
 }
@@ -71,6 +74,7 @@ impl Default for TrainOptions {
             weight_decay: 0.1,
             max_norm: 1.0,
             ema: 0.0,
+            recompute: Recompute::None,
             seed: 0,
         }
     }
@@ -137,6 +141,11 @@ impl TrainOptions {
             Some(image) => positions.div_ceil(image.patches() + 20).max(1),
         };
         Capacity { rows: self.rows, positions: self.positions, text_rows: positions, images }
+    }
+
+    /// What the program of a micro-batch is built from.
+    pub fn loss(&self) -> LossOptions {
+        LossOptions { recompute: self.recompute, ..LossOptions::TRAIN }
     }
 
     /// What the optimiser's program is built from.
@@ -231,7 +240,7 @@ impl Trainer {
         if options.ema > 0.0 && !engine.has_ema() {
             engine.start_ema()?;
         }
-        engine.open(Program::Loss(capacity, LossOptions::TRAIN))?;
+        engine.open(Program::Loss(capacity, options.loss()))?;
         engine.open(Program::Update(options.update()))?;
         let mut trainer = Trainer {
             engine,
@@ -359,7 +368,7 @@ impl Trainer {
                 batch.geometry
             )));
         }
-        let plan = self.engine.open(Program::Loss(self.capacity, LossOptions::TRAIN))?;
+        let plan = self.engine.open(Program::Loss(self.capacity, self.options.loss()))?;
         let has_images = self.engine.config().image().is_some();
         let mut report = StepReport {
             step: self.progress.step + 1,
