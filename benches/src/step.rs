@@ -13,7 +13,7 @@ use transfusion::{
     batch::Batch,
     engine::{Engine, Program},
     hf,
-    model::{self, LossOptions},
+    model,
     rehearsal::{self, Packing},
     run::RunConfig,
     sample::Cancel,

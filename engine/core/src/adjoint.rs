@@ -10,7 +10,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 impl Graph {
     /// Adds the nodes that add d(loss)/d(w) to the `Grad` state of every `w` (a `Param` state).
-    /// A gradient state has its parameter's name and shape, at f32 (f64 for an f64 parameter).
+    /// A gradient state has its parameter's name and shape, and the type that [`Graph::gradients`] says.
     ///
     /// # Errors
     /// If an op on the way has no derivative, or the loss does not reach a parameter: freeze it by
@@ -101,7 +101,8 @@ impl Graph {
             let Some(v) = value.filter(|v| v.role == Role::State(Kind::Param)) else {
                 return Err(Error::Graph("a gradient is asked for something that is no parameter".into()));
             };
-            let dtype = if v.spec.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let narrow = self.gradients.unwrap_or(DType::F32);
+            let dtype = if v.spec.dtype == DType::F64 { DType::F64 } else { narrow };
             let sum = self.state(Kind::Grad, &v.name, v.spec.shape, dtype);
             self.accumulators.insert(p, sum);
         }

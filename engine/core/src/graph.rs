@@ -75,6 +75,9 @@ pub struct Graph {
     /// Whether what is added from here on is computed again in the backward pass, instead of being kept until
     /// then. What replaces a kept value in place is kept, since it takes no memory.
     pub recompute: bool,
+    /// What gradients are summed in: f32 where nothing is said. Each addition is rounded once. The gradient of an
+    /// f64 parameter is f64.
+    pub gradients: Option<DType>,
     named: HashMap<(Role, String), Tensor>,
     latest: HashMap<Tensor, Tensor>,
     error: Option<Error>,

@@ -6,7 +6,7 @@
 //! export only.
 use crate::{
     batch::Batch,
-    config::{ModelConfig, PatchPositions},
+    config::{Float, ModelConfig, PatchPositions},
 };
 use serde::{Deserialize, Serialize};
 use transfusion_core::{
@@ -175,6 +175,8 @@ pub struct LossOptions {
     pub noise: NoiseSource,
     /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// What gradients are summed in.
+    pub gradients: Float,
     /// F64 for gradient checks, else `None`: what the configuration says.
     pub dtype: Option<DType>,
     /// Adds what a proof looks at: outputs `hidden [N, C]` (the rows that heads read), `qkv.L`
@@ -189,6 +191,7 @@ impl LossOptions {
         ema: false,
         noise: NoiseSource::Counter,
         recompute: Recompute::None,
+        gradients: Float::Float32,
         dtype: None,
         inspect: false,
     };
@@ -237,6 +240,7 @@ pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> 
     };
     b.g.output("loss", loss);
     if options.backward {
+        b.g.gradients = Some(options.gradients.dtype());
         let params: Vec<Tensor> = weights(c).iter().map(|w| b.weight(&w.name)).collect();
         b.g.backward(loss, &params)?;
     }
@@ -252,6 +256,10 @@ pub struct UpdateOptions {
     pub max_norm: f64,
     /// Whether running means of the weights are kept.
     pub ema: bool,
+    /// What gradients are stored as.
+    pub gradients: Float,
+    /// What the moments are stored as.
+    pub moments: Float,
 }
 
 /// The program of one optimiser step over all `Grad` states: inputs `schedule` (see
@@ -262,8 +270,9 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let schedule = g.input("schedule", [3], DType::F32);
     let all = weights(c);
     let mut sum = g.fill(0.0, [1], DType::F32);
+    let gradients = options.gradients.dtype();
     for w in &all {
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), DType::F32);
+        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
         sum = g.sum_squares_into(sum, grad);
     }
     let [norm, scale] = g.clip(sum, options.max_norm);
@@ -271,11 +280,11 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
     for w in &all {
         let mut optim =
-            |what: &str| g.state(Kind::Optim, &format!("{}.{what}", w.name), w.shape(), DType::F32);
-        let (m, v) = (optim("m"), optim("v"));
-        let master = (dtype == DType::Bf16).then(|| optim("master"));
+            |what: &str, dtype| g.state(Kind::Optim, &format!("{}.{what}", w.name), w.shape(), dtype);
+        let [m, v] = ["m", "v"].map(|what| optim(what, options.moments.dtype()));
+        let master = (dtype == DType::Bf16).then(|| optim("master", DType::F32));
         let param = g.state(Kind::Param, &w.name, w.shape(), dtype);
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), DType::F32);
+        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
         let hyper = AdamW {
             weight_decay: if w.decays() { options.adamw.weight_decay } else { 0.0 },
             ..options.adamw

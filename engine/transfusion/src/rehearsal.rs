@@ -10,7 +10,7 @@ use crate::{
     diffusion::{self, Evaluation, Sampler},
     engine::{Engine, Program, cpu},
     error::{Error, Result},
-    model::{Extend, ImagePass, LossOptions},
+    model::{Extend, ImagePass},
     programs::{self, Named},
     run::{DataOptions, RunConfig, geometry},
     train::{Trainer, feed, seed_words},

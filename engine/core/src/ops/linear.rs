@@ -305,10 +305,18 @@ pub(super) fn cases() -> Vec<Case> {
             .normal([6])
             .normal([133, 3]),
         plain(9, 16, 24).accumulating(),
+        plain(9, 16, 24).accumulating_in(DType::Bf16),
+        fused("bias, residual, sums in bf16", Activation::None)
+            .normal([5, 8])
+            .normal([16, 8])
+            .normal([16])
+            .normal([5, 16])
+            .accumulating_in(DType::Bf16),
     ];
     // With 8 SMs the weight gradient of this one is split in tiles of 128x128.
     cases.push(plain(2003, 256, 256).large());
     cases.push(plain(2003, 256, 256).accumulating().large());
+    cases.push(plain(2003, 256, 256).accumulating_in(DType::Bf16).large());
     // Odd and prime row counts, depths that wrap the ring of stages, edges on every side, splits.
     let products = [
         (1, 8, 8),
@@ -342,6 +350,8 @@ pub(super) fn cases() -> Vec<Case> {
     ];
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
+    let narrow = products.into_iter().step_by(4);
+    cases.extend(narrow.map(|(n, k, m)| plain(n, k, m).accumulating_in(DType::Bf16).large()));
     // Few rows, as in decoding: every number that has a kernel, and depths that wrap a warp's step.
     let few = [
         (1, 8, 8),
