@@ -35,7 +35,7 @@
 //
 // Needs   K % 8 == 0 and M % 8 == 0, so that rows are 16-byte aligned; any N. Shared
 //         memory is dynamic. bias and residual are not read unless has_bias, has_residual say so.
-// Rounds  once, on store (pre too); sums in f32, fixed order (deterministic).
+// Rounds  once, on store; pre too, before the activation; sums in f32, fixed order (deterministic).
 #include "common/pack.cuh"
 #include "common/silu.cuh"
 #include "common/tile.cuh"
@@ -226,8 +226,11 @@ struct Epilogue {
     INLINE void add_bias(float (&v)[8], u32 column) const {
         if (has_bias) add(v, bias + column);
     }
-    INLINE void store_pre(const float (&v)[8], u64 row, u32 column) const {
-        store16(pre + row * columns + column, packed(v));
+    // An activation takes what is stored.
+    INLINE void store_pre(float (&v)[8], u64 row, u32 column) const {
+        const Vec16 stored = packed(v);
+        store16(pre + row * columns + column, stored);
+        unpack(v, stored);
     }
     INLINE void store(float (&v)[8], u64 row, u32 column) const {
         if (has_residual) add(v, residual + row * columns + column);

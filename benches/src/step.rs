@@ -13,7 +13,7 @@ use transfusion::{
     batch::Batch,
     engine::{Engine, Program},
     hf,
-    model::{self, LossOptions},
+    model,
     rehearsal::{self, Packing},
     run::RunConfig,
     sample::Cancel,
@@ -98,7 +98,7 @@ impl Step {
     }
 
     fn plans(&mut self) -> Result<[transfusion_core::plan::Plan; 2]> {
-        let loss = Program::Loss(self.trainer.capacity(), LossOptions::TRAIN);
+        let loss = Program::Loss(self.trainer.capacity(), self.trainer.options().loss());
         let update = Program::Update(self.trainer.options().update());
         let engine = self.trainer.engine();
         Ok([engine.plan(loss)?, engine.plan(update)?])

@@ -9,6 +9,12 @@ pub struct Cost {
     pub bytes: u64,
 }
 
+impl std::iter::Sum for Cost {
+    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
+        costs.fold(Cost::default(), |a, b| Cost { flops: a.flops + b.flops, bytes: a.bytes + b.bytes })
+    }
+}
+
 /// The machine a plan is lowered for. A constant, so that every launch can be computed, printed and
 /// checked without that machine.
 #[derive(Clone, Copy, Debug, PartialEq)]

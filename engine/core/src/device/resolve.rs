@@ -482,6 +482,7 @@ mod tests {
             scratch: vec![slot(Spec::new([32], DType::U8), Segment::Scratch, 4096)],
             launches,
             cost: Default::default(),
+            again: false,
         }
     }
 
