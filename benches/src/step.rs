@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use transfusion::{
     batch::Batch,
     engine::{Engine, Program},
-    hf,
-    model,
+    hf, model,
     rehearsal::{self, Packing},
     run::RunConfig,
     sample::Cancel,
