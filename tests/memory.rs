@@ -163,7 +163,7 @@ fn training_with_narrow_states_goes_on_bit_for_bit() {
         whole.save(&dir("half")).unwrap();
         whole.step(&[batch(2)]).unwrap();
         whole.save(&dir("whole")).unwrap();
-        let checkpoint = Checkpoint::open(&dir("half")).unwrap();
+        let checkpoint = Checkpoint::open(dir("half")).unwrap();
         let mut resumed = Trainer::resume(cpu(2).unwrap(), options.clone(), &checkpoint).unwrap();
         resumed.step(&[batch(2)]).unwrap();
         resumed.save(&dir("resumed")).unwrap();
