@@ -110,6 +110,8 @@ pub enum Operand {
 /// The geometry of a tensor map (a TMA descriptor), which the device encodes when it knows the address.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Geometry {
+    /// Where the first element lies in the operand, bytes.
+    pub offset: u64,
     /// Bytes of one element: 2 for bf16, 4 for f32.
     pub element: u32,
     /// Extents, innermost first.
