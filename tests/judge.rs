@@ -28,8 +28,12 @@ const TARGETS: [Target; 3] = [
     Target { name: "two SMs", sms: 2, ..Target::A100 },
 ];
 
-/// The same for kernels of Hopper. On two SMs blocks walk over many tiles, the ring of stages between them.
-const HOPPERS: [Target; 2] = [Target { name: "two SMs", sms: 2, ..Target::H200 }, Target::H200];
+/// The same for kernels of Hopper. On two SMs blocks walk over many tiles with one ring of stages; eight split a depth.
+const HOPPERS: [Target; 3] = [
+    Target { name: "two SMs", sms: 2, ..Target::H200 },
+    Target { name: "eight SMs", sms: 8, ..Target::H200 },
+    Target::H200,
+];
 
 /// Host threads of a schedule, by position.
 const THREADS: [usize; 4] = [1, 3, 2, 1];

@@ -299,6 +299,7 @@ pub(super) fn cases() -> Vec<Case> {
         (8, 8, 1),
         (4099, 8, 8),
         (4111, 16, 11),
+        (4099, 64, 72),
         (8201, 8, 16),
     ];
     let random = |r: usize, c: usize, v: usize| {

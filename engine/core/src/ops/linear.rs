@@ -317,6 +317,10 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(plain(2003, 256, 256).large());
     cases.push(plain(2003, 256, 256).accumulating().large());
     cases.push(plain(2003, 256, 256).accumulating_in(DType::Bf16).large());
+    // And these of an H200 with 8 SMs in both of its tiles.
+    cases.push(plain(1531, 128, 128).large());
+    // More small tiles than an H200 has SMs.
+    cases.push(plain(1097, 72, 520).large());
     // Odd and prime row counts, depths that wrap the ring of stages, edges on every side, splits.
     let products = [
         (1, 8, 8),
@@ -347,6 +351,11 @@ pub(super) fn cases() -> Vec<Case> {
         (313, 16, 88),
         (641, 72, 8),
         (2053, 8, 16),
+        (67, 456, 88),
+        (83, 136, 152),
+        (139, 328, 200),
+        (181, 72, 168),
+        (229, 152, 136),
     ];
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
