@@ -10,7 +10,7 @@ use crate::{
     diffusion::{self, Evaluation, Sampler},
     engine::{Engine, Program, cpu},
     error::{Error, Result},
-    model::{Extend, ImagePass, LossOptions},
+    model::{Extend, ImagePass},
     programs::{self, Named},
     run::{DataOptions, RunConfig, geometry},
     train::{Trainer, feed, seed_words},
@@ -60,7 +60,7 @@ pub fn training_step(config: &RunConfig, packing: Packing, seed: u64) -> Result<
     let trainer = Trainer::new(engine, train.clone())?;
     let (capacity, mut engine) = (trainer.capacity(), trainer.into_engine());
     let batch = batch(config, packing, seed)?;
-    let loss = Program::Loss(capacity, LossOptions::TRAIN);
+    let loss = Program::Loss(capacity, train.loss());
     let plan = engine.open(loss)?;
     feed(&mut engine, plan, &batch, [batch.text_count, batch.image_count])?;
     if config.model.image().is_some() {
