@@ -214,13 +214,14 @@ fn tables(stem: &str) -> Vec<&str> {
 /// What a case asks of its op and the gradient, on every storage type that there are kernels for.
 fn applications(case: &Case) -> Vec<(String, Application)> {
     let own = |a: &Application| !matches!(a.plan(Some(&TARGETS[0])), Err(Error::NoKernel { .. }));
-    let of = |float| agreement::applications(case, float, &mut agreement::cpu().unwrap()).unwrap();
+    let of = |float| agreement::applications(case, float, &mut agreement::cpu(1).unwrap()).unwrap();
     let all = [DType::Bf16, DType::F32].into_iter().flat_map(of).filter(own);
     all.map(|application| (format!("{case:?}"), application)).collect()
 }
 
 fn question((case, application): (String, Application)) -> Question {
-    let (expected, targets) = (application.expected().unwrap(), targets(&application));
+    let (expected, targets) =
+        (application.expected(&mut agreement::cpu(1).unwrap()).unwrap(), targets(&application));
     Question { case, application, expected, targets }
 }
 
