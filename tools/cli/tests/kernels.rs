@@ -268,7 +268,7 @@ fn a_wrong_kernel_is_found_inside_a_model() {
 }
 
 /// What kernels of rows and elements move in a real step is within 1.05 of the least possible, with as many rows
-/// for each SM as there are in training, or in sampling many images; nothing meets a bank conflict.
+/// for each SM as there are in training, or in sampling of many; nothing meets a bank conflict.
 #[test]
 fn kernels_move_little_more_than_they_must() {
     let folder = folder("traffic");
@@ -282,6 +282,8 @@ fn kernels_move_little_more_than_they_must() {
         rows.iter().filter(|row| moves_little(row, least)).count()
     };
     assert!(held("--batch 2 --sms 2", 20e3) >= 40);
+    assert!(held("--batch 16 --sms 1 --program denoise", 60e3) >= 14);
+    assert!(held("--batch 8 --sms 1 --program prefill", 60e3) >= 9);
 }
 
 /// Whether a row of the table is of a kernel of rows or elements that has to move `least` bytes in a step. Then it
