@@ -9,17 +9,21 @@
 // adamw_step_f32          min(N/1024,4*sms)  256    0       param m v grad | schedule scale | N | beta1 beta2 eps decay         32N    14N
 // adamw_step_master_bf16  min(N/1024,4*sms)  256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  34N    14N
 // adamw_step_master_f32   min(N/1024,4*sms)  256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  36N    14N
+// adamw_step_master_moments_bf16       min(N/1024,4*sms)  256  0  param m v grad master | schedule scale | N | beta1 beta2 eps decay  26N  14N
+// adamw_step_master_grad_bf16          min(N/1024,4*sms)  256  0  param m v grad master | schedule scale | N | beta1 beta2 eps decay  30N  14N
+// adamw_step_master_moments_grad_bf16  min(N/1024,4*sms)  256  0  param m v grad master | schedule scale | N | beta1 beta2 eps decay  22N  14N
 //
+// Moments and gradients are stored in f32; in bf16 where a name says moments, grad.
 // Needs   tensors 16-byte aligned; any N. With a master copy param is only written.
-// Rounds  moments and weight once, on store; f32.
+// Rounds  moments and weight once, on store; f32 between.
 #include "common/lots.cuh"
 
 constexpr int THREADS = 256;
 
 // `weight` is what the step moves; `copy` receives its result where that is another tensor.
-template <typename W, typename P>
-INLINE void step(W* weight, P* copy, float* first, float* second, float* grad, const float* schedule, const float* scale,
-                 u32 count, float beta1, float beta2, float eps, float decay) {
+template <typename W, typename P, typename M, typename G>
+INLINE void step(W* weight, P* copy, M* first, M* second, G* grad, const float* schedule, const float* scale, u32 count,
+                 float beta1, float beta2, float eps, float decay) {
     const float factor = *scale;
     if (factor == 0.0f) {
         for_lots<4>(count, [&](auto lot, u32 at) {
@@ -71,6 +75,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     adamw_step_master_f32(float* param, float* m, float* v, float* grad, float* master, const float* schedule,
+        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
+    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    adamw_step_master_moments_bf16(bf16* param, bf16* m, bf16* v, float* grad, float* master, const float* schedule,
+        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
+    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    adamw_step_master_grad_bf16(bf16* param, float* m, float* v, bf16* grad, float* master, const float* schedule,
+        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
+    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    adamw_step_master_moments_grad_bf16(bf16* param, bf16* m, bf16* v, bf16* grad, float* master, const float* schedule,
         const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
     step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
 }

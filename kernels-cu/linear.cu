@@ -35,9 +35,8 @@
 //
 // Needs   K % 8 == 0 and M % 8 == 0, so that rows are 16-byte aligned; any N. Shared
 //         memory is dynamic. bias and residual are not read unless has_bias, has_residual say so.
-// Rounds  once, on store (pre too); sums in f32, fixed order (deterministic).
-#include "common/pack.cuh"
-#include "common/silu.cuh"
+// Rounds  once, on store; pre too, before the activation; sums in f32, fixed order (deterministic).
+#include "common/product.cuh"
 #include "common/tile.cuh"
 
 // A block's tile, cut into warp tiles, and the ring of stages that feeds it.
@@ -151,40 +150,14 @@ INLINE void multiply(float (&acc)[T::MI][T::NI][4], const A& a, const B& b, int 
     }
 }
 
-// Hands finished rows to `out(row, column, values)`, `Out::WIDTH` columns at a time, through shared memory: the
-// layout of fragments would touch every line of global memory four times. Sixteen rows of a warp pass at once;
-// groups of four columns are swapped in pairs so that neither way conflicts.
+// Hands the block's tile to `out`.
 template <typename T, typename Out>
 INLINE void finish(const float (&acc)[T::MI][T::NI][4], u32 shared, u32 row0, u32 column0, u32 rows, u32 columns,
                    const Out& out) {
-    constexpr int STRIDE = T::WARP + 8, LANES = T::WARP / Out::WIDTH;
-    const u32 lane = threadIdx.x % 32, column = lane % LANES * Out::WIDTH;
-    const u32 stage = shared + threadIdx.x / 32 * (16 * STRIDE * 4);
-    const auto at = [&](u32 row, u32 group) {
-        return stage + row * (STRIDE * 4) + (group ^ (T::WARP == 64 ? group / 8 : row % 2)) * 16;
-    };
+    const u32 stage = shared + threadIdx.x / 32 * FINISH_BYTES<T::WARP>;
 #pragma unroll
     for (int i = 0; i < T::MI; i++) {
-#pragma unroll
-        for (int j = 0; j < T::NI; j++) {
-            const u32 to = lane / 4, group = j * 2 + lane % 4 / 2;
-            store_shared(at(to, group) + lane % 2 * 8, acc[i][j][0], acc[i][j][1]);
-            store_shared(at(to + 8, group) + lane % 2 * 8, acc[i][j][2], acc[i][j][3]);
-        }
-        __syncwarp();
-#pragma unroll
-        for (u32 r = lane / LANES; r < 16; r += 32 / LANES) {
-            float v[Out::WIDTH];
-#pragma unroll
-            for (int e = 0; e < Out::WIDTH; e += 4) {
-                float x[4];
-                load_shared(x, at(r, (column + e) / 4));
-                v[e] = x[0], v[e + 1] = x[1], v[e + 2] = x[2], v[e + 3] = x[3];
-            }
-            const u32 n = row0 + T::warp_row() + i * 16 + r, m = column0 + T::warp_column() + column;
-            if (n < rows && m < columns) out(n, m, v);
-        }
-        __syncwarp();
+        finish_rows<T::WARP>(acc[i], stage, row0 + T::warp_row() + i * 16, column0 + T::warp_column(), rows, columns, out);
     }
 }
 
@@ -194,11 +167,7 @@ extern __shared__ __align__(128) char shared_memory[];
 template <typename T, bool A_ALONG, bool B_ALONG, typename Out>
 INLINE void product(const bf16* a, const bf16* b, u32 rows, u32 columns, u64 a_stride, u64 b_stride, u32 begin, u32 end,
                     const Out& out) {
-    constexpr u32 GROUP = 8;
-    const u32 down = (rows + T::ROWS - 1) / T::ROWS, across = (columns + T::COLUMNS - 1) / T::COLUMNS;
-    const u32 group = blockIdx.x / (GROUP * across), within = blockIdx.x % (GROUP * across);
-    const u32 height = min(GROUP, down - group * GROUP);
-    const u32 row0 = (group * GROUP + within % height) * T::ROWS, column0 = within / height * T::COLUMNS;
+    const auto [row0, column0] = Raster<T::ROWS, T::COLUMNS>(rows, columns).place(blockIdx.x);
     const Factor<T::ROWS, A_ALONG> left{a, a_stride, int(rows), int(row0)};
     const Factor<T::COLUMNS, B_ALONG> right{b, b_stride, int(columns), int(column0)};
     float acc[T::MI][T::NI][4] = {};
@@ -207,100 +176,15 @@ INLINE void product(const bf16* a, const bf16* b, u32 rows, u32 columns, u64 a_s
     finish<T>(acc, shared, row0, column0, rows, columns, out);
 }
 
-template <typename Element>
-INLINE void add(float (&v)[WIDTH<Element>], const Element* from) {
-    float x[WIDTH<Element>];
-    unpack(x, load16(from));
-#pragma unroll
-    for (int e = 0; e < WIDTH<Element>; e++) v[e] += x[e];
-}
-
-// What a product meets on its way out. Pointers whose flags are off are not read.
-struct Epilogue {
-    static constexpr int WIDTH = 8;
-    bf16 *y, *pre;
-    const bf16 *bias, *residual;
-    u32 columns;
-    bool has_bias, has_residual;
-
-    INLINE void add_bias(float (&v)[8], u32 column) const {
-        if (has_bias) add(v, bias + column);
-    }
-    INLINE void store_pre(const float (&v)[8], u64 row, u32 column) const {
-        store16(pre + row * columns + column, packed(v));
-    }
-    INLINE void store(float (&v)[8], u64 row, u32 column) const {
-        if (has_residual) add(v, residual + row * columns + column);
-        store16(y + row * columns + column, packed(v));
-    }
-};
-
-struct None : Epilogue {
-    INLINE void operator()(u64 row, u32 column, float (&v)[8]) const {
-        add_bias(v, column);
-        store(v, row, column);
-    }
-};
-
-struct Silu : Epilogue {
-    INLINE void operator()(u64 row, u32 column, float (&v)[8]) const {
-        add_bias(v, column);
-        store_pre(v, row, column);
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] = silu(v[e]);
-        store(v, row, column);
-    }
-};
-
-// Gate and up are neighbours: eight columns become four.
-struct SwiGlu : Epilogue {
-    INLINE void operator()(u64 row, u32 column, float (&v)[8]) const {
-        add_bias(v, column);
-        store_pre(v, row, column);
-        const u64 at = (row * columns + column) / 2;
-        float h[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) h[e] = silu(v[2 * e]) * v[2 * e + 1];
-        if (has_residual) {
-            const uint2 r = *reinterpret_cast<const uint2*>(residual + at);
-            h[0] += low(r.x), h[1] += high(r.x), h[2] += low(r.y), h[3] += high(r.y);
-        }
-        *reinterpret_cast<uint2*>(y + at) = make_uint2(pack(h[0], h[1]), pack(h[2], h[3]));
-    }
-};
-
 template <typename T, typename Activation>
 INLINE void forward(const Activation& out, const bf16* x, const bf16* w, u32 rows, u32 depth) {
     product<T, true, true>(x, w, rows, out.columns, depth, depth, 0, depth, out);
 }
 
-struct Store {
-    static constexpr int WIDTH = 8;
-    bf16* to;
-    u32 columns;
-
-    INLINE void operator()(u64 row, u32 column, float (&v)[8]) const { store16(to + row * columns + column, packed(v)); }
-};
-
 template <typename T>
 INLINE void backward_input(bf16* dx, const bf16* dy, const bf16* w, u32 rows, u32 columns, u32 depth) {
     product<T, true, false>(dy, w, rows, columns, depth, columns, 0, depth, Store{dx, columns});
 }
-
-// Where a gradient is stored, or added.
-template <typename Element>
-struct Sum {
-    static constexpr int WIDTH = ::WIDTH<Element>;
-    Element* to;
-    u32 columns;
-    bool accumulate;
-
-    INLINE void operator()(u64 row, u32 column, float (&v)[WIDTH]) const {
-        Element* at = to + row * columns + column;
-        if (accumulate) add(v, at);
-        store16(at, packed(v));
-    }
-};
 
 template <typename T, typename Out>
 INLINE void backward_weight(const Out& out, const bf16* dy, const bf16* x, u32 rows, u32 columns, u32 begin, u32 end) {

@@ -13,7 +13,7 @@
 //
 // Needs   0 < N <= the number in the name; K % 8 == 0 and M % 8 == 0, so that rows are 16-byte aligned. pre is not
 //         written where act is 0; bias and residual are not read unless has_bias, has_residual say so.
-// Rounds  once, on store (pre too); sums in f32, fixed order (deterministic).
+// Rounds  once, on store; pre too, before the activation; sums in f32, fixed order (deterministic).
 #include "common/pack.cuh"
 #include "common/reduce.cuh"
 #include "common/silu.cuh"
@@ -26,8 +26,10 @@ INLINE void add4(float (&v)[COLUMNS], const bf16* from) {
     v[0] += low(x.x), v[1] += high(x.x), v[2] += low(x.y), v[3] += high(x.y);
 }
 
-INLINE void store4(bf16* to, const float (&v)[COLUMNS]) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack(v[0], v[1]), pack(v[2], v[3]));
+INLINE uint2 store4(bf16* to, const float (&v)[COLUMNS]) {
+    const uint2 stored = make_uint2(pack(v[0], v[1]), pack(v[2], v[3]));
+    *reinterpret_cast<uint2*>(to) = stored;
+    return stored;
 }
 
 struct Epilogue {
@@ -39,7 +41,11 @@ struct Epilogue {
     INLINE void finish(u64 row, u32 column, float (&v)[COLUMNS]) const {
         const u64 at = row * columns + column;
         if (has_bias) add4(v, bias + column);
-        if (activation != NONE) store4(pre + at, v);
+        if (activation != NONE) {
+            // An activation takes what is stored.
+            const uint2 stored = store4(pre + at, v);
+            v[0] = low(stored.x), v[1] = high(stored.x), v[2] = low(stored.y), v[3] = high(stored.y);
+        }
         if (activation == SWIGLU) {
             float gated[2] = {silu(v[0]) * v[1], silu(v[2]) * v[3]};
             if (has_residual) {

@@ -279,8 +279,14 @@ fn large_and_many_copies_go_through_the_ring() {
 fn clustered() -> Graph {
     let mut g = Graph::new();
     let x = g.input("x", [6, 64], DType::F32);
-    let geometry =
-        Geometry { element: 4, extents: vec![64, 6], strides: vec![256], tile: vec![32, 2], swizzle: 128 };
+    let geometry = Geometry {
+        offset: 0,
+        element: 4,
+        extents: vec![64, 6],
+        strides: vec![256],
+        tile: vec![32, 2],
+        swizzle: 128,
+    };
     let launch = Launch::Kernel {
         entry: "mapped_f32".into(),
         grid: [4, 2, 1],

@@ -9,7 +9,7 @@ use transfusion::{
     batch::Batch,
     config::ModelConfig,
     engine::{Engine, cpu},
-    model::{self, Capacity, LossOptions, UpdateOptions},
+    model::{self, Capacity, LossOptions},
     run::{DataOptions, OutputOptions, Run, RunConfig},
     sample::Cancel,
     train::{MAX_SKIPPED, TrainOptions, Trainer},
@@ -20,7 +20,7 @@ use transfusion_core::{
     graph::Graph,
     launch::Target,
     op::Kind,
-    ops::{Activation, AdamW, Epilogue, Repeat},
+    ops::{Activation, Epilogue, Repeat},
     plan::{Plan, Segment, Slot},
     random::{Purpose, Stream},
     tensor::{DType, Host, Tensor},
@@ -200,12 +200,14 @@ fn plans_refuse_what_has_no_meaning() {
 }
 
 fn programs(config: &ModelConfig) -> Vec<(&'static str, Graph)> {
-    let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let extend = model::Extend { rows: 2, positions: 4, slots: 2, capacity: 64, ema: false };
     let denoise = model::ImagePass::Denoise { guided: true };
     vec![
         ("loss", model::loss_graph(config, CAPACITY, LossOptions::TRAIN).unwrap()),
-        ("update", model::update_graph(config, UpdateOptions { adamw, max_norm: 1.0, ema: true })),
+        (
+            "update",
+            model::update_graph(config, TrainOptions { ema: 0.9, ..TrainOptions::default() }.update()),
+        ),
         ("text", model::text_graph(config, extend)),
         ("image", model::image_graph(config, extend, denoise)),
     ]

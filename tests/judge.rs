@@ -14,10 +14,10 @@ use transfusion_core::{
     agreement::{self, Application, Expected},
     cases::{self, Case},
     device::Device,
-    launch::Target,
+    launch::{Launch, Target},
     tensor::{DType, Host, Shape, Spec},
 };
-use transfusion_ptx::Module;
+use transfusion_ptx::{BASE, Module};
 use transfusion_ptxsim::{Options, Schedule, SimDevice, SimOptions};
 
 /// The machines that launches are made for. On the small ones blocks walk over many rows, and large tiles pay
@@ -26,6 +26,13 @@ const TARGETS: [Target; 3] = [
     Target::A100,
     Target { name: "four SMs", sms: 4, ..Target::A100 },
     Target { name: "two SMs", sms: 2, ..Target::A100 },
+];
+
+/// The same for kernels of Hopper. On two SMs blocks walk over many tiles with one ring of stages; eight split a depth.
+const HOPPERS: [Target; 3] = [
+    Target { name: "two SMs", sms: 2, ..Target::H200 },
+    Target { name: "eight SMs", sms: 8, ..Target::H200 },
+    Target::H200,
 ];
 
 /// Host threads of a schedule, by position.
@@ -48,6 +55,7 @@ const POISON: [f64; 3] = [f64::NAN, f64::INFINITY, 2.990_487_403_754_736_6e38];
 
 /// The questions about the kernels of one op, with the answers.
 pub struct Exam {
+    targets: &'static [Target],
     questions: Vec<Question>,
     secrets: Vec<Secret>,
 }
@@ -57,7 +65,7 @@ struct Question {
     case: String,
     application: Application,
     expected: Expected,
-    /// Of [`TARGETS`], those whose launches differ.
+    /// Of the exam's machines, those whose launches differ.
     targets: Vec<usize>,
 }
 
@@ -134,11 +142,11 @@ impl Exam {
     /// # Panics
     /// If a case is refused.
     pub fn new(stem: &str) -> Exam {
-        let tables = tables(stem);
+        let (tables, targets) = (tables(stem), machines(stem));
         let about = |c: &&Case| tables.contains(&c.op);
         let all = cases::all();
         let all = all.iter().filter(about).flat_map(applications);
-        let mut questions: Vec<Question> = all.map(question).collect();
+        let mut questions: Vec<Question> = all.filter_map(|q| question(q, stem, targets)).collect();
         // The small first: a fault shows soon.
         questions.sort_by_key(Question::flops);
         let secrets = match stem {
@@ -148,7 +156,7 @@ impl Exam {
                 small.filter_map(|q| rows::secret(&q.case, &q.application)).collect()
             }
         };
-        Exam { questions, secrets }
+        Exam { targets, questions, secrets }
     }
 
     /// With how many different extents of operands and results, however these are stored, each op is asked that takes
@@ -179,7 +187,7 @@ impl Exam {
     ) -> impl Iterator<Item = String> + 'a {
         let schedules = 0..Schedule::SEVERAL.len();
         let of = |target| schedules.clone().map(|s| simulator(target, s, kernels)).collect();
-        let mut machines: Vec<Vec<SimDevice>> = TARGETS.map(of).into();
+        let mut machines: Vec<Vec<SimDevice>> = self.targets.iter().copied().map(of).collect();
         let mut questions = self.questions.iter();
         iter::from_fn(move || match questions.next() {
             Some(question) => Some(question.ask(&mut machines)),
@@ -193,9 +201,23 @@ impl Exam {
 
     /// Where poison comes through, or does not come through where it should.
     pub fn leaks<'a>(&'a self, kernels: &'a [Module]) -> impl Iterator<Item = String> + 'a {
-        let mut machine = simulator(Target::A100, 0, kernels);
+        let mut machine = simulator(self.targets[0], 0, kernels);
         self.secrets.iter().flat_map(move |s| s.leaks(&s.application, &mut machine)).map(|leak| leak.what)
     }
+}
+
+/// The architecture of a module of shipped kernels.
+///
+/// # Panics
+/// If there is no such module.
+pub fn arch(stem: &str) -> &'static str {
+    let module = transfusion_ptx::modules().iter().find(|m| m.stem == stem);
+    &module.unwrap_or_else(|| panic!("no module {stem}")).arch
+}
+
+/// The machines that a module is asked on.
+fn machines(stem: &str) -> &'static [Target] {
+    if arch(stem) == BASE { &TARGETS } else { &HOPPERS }
 }
 
 /// The case tables that a module is held under.
@@ -203,6 +225,7 @@ fn tables(stem: &str) -> Vec<&str> {
     match stem {
         "attention_decode" => vec!["attention"],
         "linear_few" => vec!["linear"],
+        "linear_wgmma" => vec!["linear", "cross_entropy"],
         "gather_rows" => vec!["gather_rows", "embedding"],
         "patchify" => vec!["patchify", "unpatchify"],
         "swiglu" => vec!["swiglu", "silu"],
@@ -219,20 +242,31 @@ fn applications(case: &Case) -> Vec<(String, Application)> {
     all.map(|application| (format!("{case:?}"), application)).collect()
 }
 
-fn question((case, application): (String, Application)) -> Question {
-    let (expected, targets) =
-        (application.expected(&mut agreement::cpu(1).unwrap()).unwrap(), targets(&application));
-    Question { case, application, expected, targets }
+/// What a module is asked about an application, if any of the machines launches a kernel of its architecture.
+fn question((case, application): (String, Application), stem: &str, on: &[Target]) -> Option<Question> {
+    let targets = targets(&application, arch(stem), on);
+    let ask = |targets| {
+        let expected = application.expected(&mut agreement::cpu(1).unwrap()).unwrap();
+        Question { case, application, expected, targets }
+    };
+    (!targets.is_empty()).then_some(targets).map(ask)
 }
 
-/// Of [`TARGETS`], those whose launches differ.
-fn targets(a: &Application) -> Vec<usize> {
+/// Of the machines, those whose launches differ and have a kernel of this architecture among them.
+fn targets(a: &Application, arch: &str, on: &[Target]) -> Vec<usize> {
     let launches = |t: &Target| {
         let steps = a.plan(Some(t)).unwrap().steps;
         steps.into_iter().flat_map(|step| step.launches).collect::<Vec<_>>()
     };
-    let all = TARGETS.each_ref().map(launches);
-    (0..all.len()).filter(|&t| !all[..t].contains(&all[t])).collect()
+    let own = |l: &Launch| match l {
+        Launch::Kernel { entry, .. } => {
+            transfusion_ptx::find(on[0].arch, entry).is_some_and(|(module, _)| module.arch == arch)
+        }
+        _ => false,
+    };
+    let all: Vec<_> = on.iter().map(launches).collect();
+    let new = |&t: &usize| !all[..t].contains(&all[t]);
+    (0..all.len()).filter(new).filter(|&t| arch == BASE || all[t].iter().any(own)).collect()
 }
 
 impl Question {

@@ -11,7 +11,7 @@ use transfusion_core::{
 };
 use transfusion_ptx::Module;
 use transfusion_ptxsim::SimDevice;
-use transfusion_tests::judge::{Exam, faults, simulator};
+use transfusion_tests::judge::{Exam, arch, faults, simulator};
 
 #[test]
 fn every_module_decodes() {
@@ -33,21 +33,21 @@ fn agree(stem: &str) {
     let done = move |m: &SimDevice| seen.lock().unwrap().extend(m.counters().keys().cloned());
     let faults: Vec<String> = exam.disagreements(&[], done).collect();
     assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults[..faults.len().min(5)].join("\n"));
-    let helps = |op: &str| transfusion_ptx::modules().iter().any(|m| m.stem == op && op != stem);
+    let helps = |op: &str| transfusion_ptx::modules().iter().any(|m| of(op, &m.stem) && !of(stem, &m.stem));
     for (op, shapes) in exam.shapes().into_iter().filter(|(op, _)| !helps(op)) {
         assert!(shapes >= 30, "{shapes} shapes of {op}");
     }
     let launched = launched.lock().unwrap();
-    for module in transfusion_ptx::modules().iter().filter(|m| m.arch == "sm_80" && of(m, stem)) {
+    for module in transfusion_ptx::modules().iter().filter(|m| m.arch == arch(stem) && of(&m.stem, stem)) {
         let left: Vec<String> = module.entries().unwrap().into_iter().map(|e| e.name).collect();
         let left: Vec<&String> = left.iter().filter(|name| !launched.contains(*name)).collect();
         assert!(left.is_empty(), "no case launches {left:?}");
     }
 }
 
-/// Whether a module has kernels of these ops: some have further ones in files of their own.
-fn of(module: &Module, stem: &str) -> bool {
-    module.stem.strip_prefix(stem).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+/// Whether a module has kernels of this one's ops: some have further ones in files of their own.
+fn of(module: &str, stem: &str) -> bool {
+    module.strip_prefix(stem).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
 }
 
 fn keep(exam: &Exam) {
@@ -66,15 +66,16 @@ macro_rules! modules {
         #[test]
         fn every_module_is_examined() {
             for module in transfusion_ptx::modules() {
-                assert!([$(stringify!($stem)),*].iter().any(|stem| of(module, stem)), "{}", module.stem);
+                let examined = |stem: &&str| of(&module.stem, stem) && module.arch == arch(stem);
+                assert!([$(stringify!($stem)),*].iter().any(examined), "{}", module.stem);
             }
         }
     };
 }
 
 modules! {
-    adamw add attention cache_append cast clip cross_entropy ema fill gather_rows linear mse patchify q_sample
-    qk_norm rmsnorm rope sampler_update scatter_rows sum_squares swiglu time_embedding
+    adamw add attention cache_append cast clip cross_entropy ema fill gather_rows linear linear_wgmma mse patchify
+    q_sample qk_norm rmsnorm rope sampler_update scatter_rows sum_squares swiglu time_embedding
 }
 
 #[test]
@@ -85,6 +86,11 @@ fn rmsnorm_keeps() {
 #[test]
 fn linear_keeps() {
     keep(&Exam::new("linear"));
+}
+
+#[test]
+fn linear_wgmma_keeps() {
+    keep(&Exam::new("linear_wgmma"));
 }
 
 #[test]

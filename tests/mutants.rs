@@ -25,7 +25,7 @@ use std::{
 };
 use table::MUTANTS;
 use transfusion_ptx::Module;
-use transfusion_ptxc::{Arch, Nvrtc, Source, Tree, nvrtc::Choice, wheel::Cache};
+use transfusion_ptxc::{Nvrtc, Source, Tree, nvrtc::Choice, wheel::Cache};
 use transfusion_tests::judge::Exam;
 
 /// A change that makes a kernel wrong.
@@ -150,11 +150,12 @@ fn fates(mutants: &[&Mutant]) -> Vec<Fate> {
 }
 
 fn fate(nvrtc: &Nvrtc, exam: &Exam, source: &Source) -> Fate {
-    let compiled = match nvrtc.compile(source, Arch::Sm80) {
+    let arch = source.targets[0];
+    let compiled = match nvrtc.compile(source, arch) {
         Ok(compiled) => compiled,
         Err(e) => return Fate::DoesNotCompile(e.to_string()),
     };
-    let module = Module::new(Arch::Sm80.name(), source.stem.as_str(), compiled.ptx);
+    let module = Module::new(arch.name(), source.stem.as_str(), compiled.ptx);
     exam.faults(&[module]).next().map_or(Fate::Survived, Fate::Killed)
 }
 

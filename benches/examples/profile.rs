@@ -5,7 +5,7 @@ use std::{
     error::Error,
     time::{Duration, Instant},
 };
-use transfusion::{engine::Program, model::LossOptions, train::Trainer};
+use transfusion::{engine::Program, train::Trainer};
 use transfusion_benches::training;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     times.sort();
     println!("{preset}: step {:.2} ms (fastest {:.2})", ms(times[times.len() / 2]), ms(times[0]));
     let trainer = step.trainer();
-    let loss = Program::Loss(trainer.capacity(), LossOptions::TRAIN);
+    let loss = Program::Loss(trainer.capacity(), trainer.options().loss());
     let update = Program::Update(trainer.options().update());
     table(trainer, loss, steps)?;
     table(trainer, update, steps)

@@ -1,5 +1,5 @@
 //! Two sides in turn, A B A B, and what may be concluded: a difference counts only where it is larger than what
-//! a side differs from itself by, from one of its blocks to the next.
+//! a side differs from itself by, A against A, and in nearly every round.
 use crate::error::{Error, Result};
 use std::time::Duration;
 use transfusion::sample::Cancel;
@@ -38,10 +38,13 @@ impl Blocks {
         median(&self.0)
     }
 
-    /// The largest ratio of a block to the next one, either way, less 1.
+    /// How much two of the blocks differ: the median over all pairs of the larger over the smaller, less 1. One block
+    /// that something else disturbed does not decide it.
     pub fn spread(&self) -> f64 {
-        let apart = |pair: &[f64]| (pair[1] / pair[0]).max(pair[0] / pair[1]) - 1.0;
-        self.0.windows(2).map(apart).fold(0.0, f64::max)
+        let apart = |(i, a): (usize, &f64)| {
+            self.0[i + 1..].iter().map(|b| (a / b).max(b / a) - 1.0).collect::<Vec<_>>()
+        };
+        median(&self.0.iter().enumerate().flat_map(apart).collect::<Vec<_>>())
     }
 }
 
@@ -77,18 +80,27 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// How many times as long theirs takes: the median over the rounds.
-    pub fn speedup(&self) -> f64 {
-        let ratios: Vec<f64> = self.ours.0.iter().zip(&self.theirs.0).map(|(a, b)| b / a).collect();
-        median(&ratios)
+    /// How many times as long theirs takes, round by round, from the least.
+    fn ratios(&self) -> Vec<f64> {
+        let mut ratios: Vec<f64> = self.ours.0.iter().zip(&self.theirs.0).map(|(a, b)| b / a).collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios
     }
 
-    /// What the ratio allows to say, given how much either side differs from itself.
+    /// How many times as long theirs takes: the median over the rounds.
+    pub fn speedup(&self) -> f64 {
+        median(&self.ratios())
+    }
+
+    /// What the ratios allow to say: a difference is one if three rounds in four show it, larger than what either
+    /// side differs from itself by.
     pub fn verdict(&self) -> Verdict {
-        let (ratio, bound) = (self.speedup(), 1.0 + self.ours.spread().max(self.theirs.spread()));
-        if ratio > bound {
+        let (ratios, bound) = (self.ratios(), 1.0 + self.ours.spread().max(self.theirs.spread()));
+        let Some(last) = ratios.len().checked_sub(1) else { return Verdict::Even };
+        let (low, high) = (ratios[last / 4], ratios[last - last / 4]);
+        if low > bound {
             Verdict::Faster
-        } else if ratio * bound < 1.0 {
+        } else if high * bound < 1.0 {
             Verdict::Slower
         } else {
             Verdict::Even
@@ -167,6 +179,25 @@ mod tests {
         let drifting = pair(&[10.0, 15.0, 15.0], &[20.0, 30.0, 30.0]);
         assert_eq!(drifting.speedup(), 2.0);
         assert!((drifting.ours.spread() - 0.5).abs() < 1e-12);
+        assert_eq!(drifting.verdict(), Verdict::Faster);
+    }
+
+    #[test]
+    fn one_disturbed_block_decides_nothing() {
+        let quiet = [10.0, 10.1, 10.0, 10.1, 10.0];
+        let with = |block: usize, ms: f64, of: [f64; 5]| {
+            let mut blocks = of;
+            blocks[block] = ms;
+            blocks
+        };
+        let twice = quiet.map(|ms| 2.0 * ms);
+        assert_eq!(pair(&quiet, &with(3, 740.0, twice)).verdict(), Verdict::Faster);
+        assert_eq!(pair(&with(2, 20.0, quiet), &twice).verdict(), Verdict::Faster);
+        assert_eq!(pair(&with(2, 740.0, twice), &quiet).verdict(), Verdict::Slower);
+        // Nor does one lucky round.
+        assert_eq!(pair(&quiet, &with(1, 90.0, quiet)).verdict(), Verdict::Even);
+        let two = with(1, 21.0, with(2, 20.0, quiet));
+        assert_eq!(pair(&two, &twice).verdict(), Verdict::Even, "two rounds in five are too many");
     }
 
     #[test]

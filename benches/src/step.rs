@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use transfusion::{
     batch::Batch,
     engine::{Engine, Program},
-    hf,
-    model::{self, LossOptions},
+    hf, model,
     rehearsal::{self, Packing},
     run::RunConfig,
     sample::Cancel,
@@ -98,7 +97,7 @@ impl Step {
     }
 
     fn plans(&mut self) -> Result<[transfusion_core::plan::Plan; 2]> {
-        let loss = Program::Loss(self.trainer.capacity(), LossOptions::TRAIN);
+        let loss = Program::Loss(self.trainer.capacity(), self.trainer.options().loss());
         let update = Program::Update(self.trainer.options().update());
         let engine = self.trainer.engine();
         Ok([engine.plan(loss)?, engine.plan(update)?])

@@ -1,15 +1,16 @@
-//! Reverse-mode differentiation as a graph-to-graph pass.
+//! Reverse-mode differentiation as a graph-to-graph pass; what was not kept for it is computed again in front of
+//! the first node that reads it.   Griewank & Walther 2000; Chen et al. 2016 (recomputation)
 use crate::{
     error::{Error, Result},
-    graph::{Graph, Role},
-    op::{Grad, Kind},
+    graph::{Computed, Graph, Node, Role},
+    op::{Grad, Kind, Memory},
     tensor::{DType, Tensor},
 };
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 impl Graph {
     /// Adds the nodes that add d(loss)/d(w) to the `Grad` state of every `w` (a `Param` state).
-    /// A gradient state has its parameter's name and shape, at f32 (f64 for an f64 parameter).
+    /// A gradient state has its parameter's name and shape, and the type that [`Graph::gradients`] says.
     ///
     /// # Errors
     /// If an op on the way has no derivative, or the loss does not reach a parameter: freeze it by
@@ -32,6 +33,16 @@ impl Graph {
     #[track_caller]
     pub fn backward_from(&mut self, seeds: &[(Tensor, Tensor)], params: &[Tensor]) -> Result<()> {
         self.check()?;
+        let (forward, recompute) = (self.nodes.len(), std::mem::replace(&mut self.recompute, false));
+        let done = self.differentiate(seeds, params);
+        self.recompute = recompute;
+        done?;
+        self.compute_again(forward);
+        Ok(())
+    }
+
+    #[track_caller]
+    fn differentiate(&mut self, seeds: &[(Tensor, Tensor)], params: &[Tensor]) -> Result<()> {
         self.open_accumulators(params)?;
         let live = self.depend_on(params);
         let mut grad: HashMap<Tensor, Tensor> = HashMap::new();
@@ -90,7 +101,8 @@ impl Graph {
             let Some(v) = value.filter(|v| v.role == Role::State(Kind::Param)) else {
                 return Err(Error::Graph("a gradient is asked for something that is no parameter".into()));
             };
-            let dtype = if v.spec.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let narrow = self.gradients.unwrap_or(DType::F32);
+            let dtype = if v.spec.dtype == DType::F64 { DType::F64 } else { narrow };
             let sum = self.state(Kind::Grad, &v.name, v.spec.shape, dtype);
             self.accumulators.insert(p, sum);
         }
@@ -111,5 +123,154 @@ impl Graph {
     fn collect(&mut self, grad: &mut HashMap<Tensor, Tensor>, x: Tensor, dx: Tensor) {
         let sum = grad.get(&x).map_or(dx, |&have| self.add(have, dx));
         grad.insert(x, sum);
+    }
+}
+
+/// What the backward pass reads in place of values that were not kept.
+struct Again {
+    /// The node that makes each value that is not kept.
+    makers: HashMap<Tensor, usize>,
+    /// Its second version, where there is one already.
+    made: HashMap<Tensor, Tensor>,
+}
+
+impl Again {
+    /// Of the forward pass `nodes`.
+    fn new(nodes: &[Node]) -> Again {
+        let mut makers = HashMap::new();
+        for (i, n) in nodes.iter().enumerate().filter(|(_, n)| n.computed == Computed::Twice) {
+            let kept = |o: usize| match n.op.memory(o) {
+                Memory::InPlace { input } => !makers.contains_key(&n.ins[input]),
+                _ => false,
+            };
+            if !(0..n.outs.len()).any(kept) {
+                makers.extend(n.outs.iter().map(|&out| (out, i)));
+            }
+        }
+        Again { makers, made: HashMap::new() }
+    }
+
+    /// The nodes that make `t` and are not there yet, in the order of the forward pass.
+    fn missing(&self, t: Tensor, nodes: &[Node]) -> BTreeSet<usize> {
+        let (mut missing, mut wanted) = (BTreeSet::new(), vec![t]);
+        while let Some(t) = wanted.pop() {
+            let maker = self.makers.get(&t).filter(|_| !self.made.contains_key(&t));
+            if let Some(&i) = maker
+                && missing.insert(i)
+            {
+                wanted.extend(&nodes[i].ins);
+            }
+        }
+        missing
+    }
+
+    fn version(&self, t: Tensor) -> Tensor {
+        self.made.get(&t).copied().unwrap_or(t)
+    }
+}
+
+impl Graph {
+    /// Lets the nodes from `forward` on read what is not kept from nodes that compute it again.
+    fn compute_again(&mut self, forward: usize) {
+        let mut again = Again::new(&self.nodes[..forward]);
+        if again.makers.is_empty() {
+            return;
+        }
+        for mut node in self.nodes.split_off(forward) {
+            for t in &mut node.ins {
+                for i in again.missing(*t, &self.nodes) {
+                    self.repeat(i, &mut again);
+                }
+                *t = again.version(*t);
+            }
+            self.nodes.push(node);
+        }
+    }
+
+    /// Adds node `i` once more.
+    fn repeat(&mut self, i: usize, again: &mut Again) {
+        let mut node = Node { computed: Computed::Again, ..self.nodes[i].clone() };
+        node.ins.iter_mut().for_each(|t| *t = again.version(*t));
+        for out in &mut node.outs {
+            let value = self.values[out.index()].clone();
+            let second = self.value(value.spec, value.role, &value.name);
+            again.made.insert(*out, second);
+            *out = second;
+        }
+        self.nodes.push(node);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ops::{Epilogue, Heads},
+        plan::{Plan, Step},
+    };
+
+    /// A program over rows of 12 numbers, its loss the sum of squares of what `build` makes of a product.
+    fn program(build: impl FnOnce(&mut Graph, Tensor) -> Tensor) -> Plan {
+        let mut g = Graph::new();
+        let x = g.input("x", [5, 12], DType::F32);
+        let [w, v] = ["w", "v"].map(|name| g.state(Kind::Param, name, [12, 12], DType::F32));
+        let y = g.linear(x, w, Epilogue::default());
+        let y = build(&mut g, y);
+        let v = g.reshape(v, [144 / g.spec(y).shape.last(), g.spec(y).shape.last()]);
+        let y = g.linear(y, v, Epilogue::default());
+        let d = g.input("d", g.spec(y).shape, DType::F32);
+        let w = g.state(Kind::Param, "w", [12, 12], DType::F32);
+        g.backward_from(&[(y, d)], &[w]).unwrap();
+        Plan::new(&g).unwrap()
+    }
+
+    fn again(plan: &Plan) -> Vec<(usize, &Step)> {
+        plan.steps.iter().enumerate().filter(|(_, s)| s.again).collect()
+    }
+
+    #[test]
+    fn what_is_not_kept_is_computed_right_before_it_is_read() {
+        let plan = program(|g, y| {
+            g.recompute = true;
+            let z = g.add(y, y);
+            let z = g.swiglu(z);
+            g.recompute = false;
+            g.swiglu(z)
+        });
+        let again = again(&plan);
+        let names: Vec<_> = again.iter().map(|(_, s)| s.op.name()).collect();
+        assert_eq!(names, ["add", "swiglu"]);
+        let reader = &plan.steps[again[1].0 + 1];
+        assert_eq!(reader.op.name(), "swiglu_bwd");
+        assert_eq!(reader.ins[0], again[1].1.outs[0]);
+    }
+
+    #[test]
+    fn what_replaces_a_kept_value_in_place_is_kept() {
+        let heads = Heads { heads: 4, kv_heads: 1, width: 2 };
+        let rotated = |copy: bool| {
+            program(|g, y| {
+                let at = g.input("at", [5], DType::I32);
+                g.recompute = true;
+                let y = if copy { g.add(y, y) } else { y };
+                let y = g.rope(y, at, heads, 1e4);
+                g.recompute = false;
+                g.swiglu(y)
+            })
+        };
+        assert!(again(&rotated(false)).is_empty());
+        let copied = rotated(true);
+        assert_eq!(again(&copied).iter().map(|(_, s)| s.op.name()).collect::<Vec<_>>(), ["add", "rope"]);
+    }
+
+    #[test]
+    fn nothing_is_computed_again_that_nothing_reads() {
+        let plan = program(|g, y| {
+            g.recompute = true;
+            let y = g.add(y, y);
+            g.recompute = false;
+            g.add(y, y)
+        });
+        assert!(again(&plan).is_empty());
     }
 }

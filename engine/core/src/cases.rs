@@ -54,6 +54,8 @@ pub struct Case {
     /// Whether the op meets parameters themselves, so that it adds gradients to their accumulators,
     /// instead of copies.
     pub accumulating: bool,
+    /// What gradients are summed in where bf16 is under test, as [`Graph::gradients`].
+    pub gradients: Option<DType>,
     build: Build,
 }
 
@@ -77,6 +79,7 @@ impl Case {
             differentiable: true,
             large: false,
             accumulating: false,
+            gradients: None,
             build: Box::new(build),
         }
     }
@@ -131,6 +134,12 @@ impl Case {
         self
     }
 
+    /// Does the same, and has gradients summed in `dtype` where bf16 is under test.
+    pub fn accumulating_in(mut self, dtype: DType) -> Case {
+        self.gradients = Some(dtype);
+        self.accumulating()
+    }
+
     /// The type of input `i` when floats are `float`.
     fn spec(&self, i: usize, float: DType) -> Spec {
         let c = &self.inputs[i];
@@ -158,6 +167,7 @@ impl Case {
     pub fn graph(&self, float: DType, backward: bool) -> Result<Graph> {
         let mut g = Graph::new();
         g.precision = if float == DType::Bf16 { Precision::Bf16 } else { Precision::F32 };
+        g.gradients = self.gradients.filter(|_| float == DType::Bf16);
         let (mut ins, mut params) = (vec![], vec![]);
         for (i, input) in self.inputs.iter().enumerate() {
             let spec = self.spec(i, float);

@@ -12,7 +12,7 @@ mod sin_cos;
 mod transpose;
 
 pub use matmul::{FEW, Mat, Precision, matmul, matmul_rows, piece_rows};
-pub use real::{LANES, Real, axpy, dot, sum};
+pub use real::{LANES, Real, axpy, dot, round, sum};
 pub(crate) use simd::{Vectorised, simd};
 pub use sin_cos::sin_cos;
 pub use transpose::transpose;

@@ -18,6 +18,20 @@ pub struct Node {
     pub outs: Vec<Tensor>,
     /// The line of model code that applied it.
     pub at: &'static Location<'static>,
+    /// How often.
+    pub computed: Computed,
+}
+
+/// How often a node is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Computed {
+    /// Once: what it yields is kept as long as something reads it.
+    #[default]
+    Once,
+    /// Again in the backward pass, where that reads what it yields.
+    Twice,
+    /// This is the second time.
+    Again,
 }
 
 impl Node {
@@ -58,6 +72,12 @@ pub struct Graph {
     pub(crate) accumulators: HashMap<Tensor, Tensor>,
     /// Of the matrix products that are added from here on, and of their gradients.
     pub precision: Precision,
+    /// Whether what is added from here on is computed again in the backward pass, instead of being kept until
+    /// then. What replaces a kept value in place is kept, since it takes no memory.
+    pub recompute: bool,
+    /// What gradients are summed in: f32 where nothing is said. Each addition is rounded once. The gradient of an
+    /// f64 parameter is f64.
+    pub gradients: Option<DType>,
     named: HashMap<(Role, String), Tensor>,
     latest: HashMap<Tensor, Tensor>,
     error: Option<Error>,
@@ -140,7 +160,8 @@ impl Graph {
                 let outs: Vec<Tensor> =
                     outs.into_iter().map(|s| self.value(s, Role::Temp, op.name())).collect();
                 self.follow_in_place(op.as_ref(), ins, &outs);
-                self.nodes.push(Node { op, ins: ins.to_vec(), outs: outs.clone(), at });
+                let computed = if self.recompute { Computed::Twice } else { Computed::Once };
+                self.nodes.push(Node { op, ins: ins.to_vec(), outs: outs.clone(), at, computed });
                 outs
             }
             Err(why) => {
@@ -201,7 +222,7 @@ impl Graph {
         self.latest.get(&t).copied().unwrap_or(t)
     }
 
-    fn value(&mut self, spec: Spec, role: Role, name: &str) -> Tensor {
+    pub(crate) fn value(&mut self, spec: Spec, role: Role, name: &str) -> Tensor {
         self.values.push(Value { spec, role, name: name.into() });
         Tensor(self.values.len() as u32 - 1)
     }

@@ -9,6 +9,12 @@ pub struct Cost {
     pub bytes: u64,
 }
 
+impl std::iter::Sum for Cost {
+    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
+        costs.fold(Cost::default(), |a, b| Cost { flops: a.flops + b.flops, bytes: a.bytes + b.bytes })
+    }
+}
+
 /// The machine a plan is lowered for. A constant, so that every launch can be computed, printed and
 /// checked without that machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -104,6 +110,8 @@ pub enum Operand {
 /// The geometry of a tensor map (a TMA descriptor), which the device encodes when it knows the address.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Geometry {
+    /// Where the first element lies in the operand, bytes.
+    pub offset: u64,
     /// Bytes of one element: 2 for bf16, 4 for f32.
     pub element: u32,
     /// Extents, innermost first.

@@ -1,7 +1,7 @@
 //! Where every value lives and what runs when: the only thing that a device sees.
 use crate::{
     error::{Error, Result},
-    graph::{Graph, Node, Role},
+    graph::{Computed, Graph, Node, Role},
     launch::{Cost, Launch, Target},
     op::{Kind, Memory, Op},
     tensor::{Spec, Tensor},
@@ -66,6 +66,8 @@ pub struct Step {
     pub launches: Vec<Launch>,
     /// Work and traffic.
     pub cost: Cost,
+    /// Whether it repeats an earlier step, whose results were not kept.
+    pub again: bool,
 }
 
 impl Step {
@@ -146,6 +148,7 @@ impl Plan {
                 scratch: layout.node_scratch[i].clone(),
                 launches: k.launches.clone(),
                 cost: n.op.cost(&specs(g, &n.ins), &specs(g, &n.outs)),
+                again: n.computed == Computed::Again,
             });
         }
         let inputs = layout.inputs.iter().map(|&i| {
@@ -185,10 +188,12 @@ impl Plan {
 
     /// Work and traffic of one run.
     pub fn cost(&self) -> Cost {
-        self.steps.iter().fold(Cost::default(), |sum, s| Cost {
-            flops: sum.flops + s.cost.flops,
-            bytes: sum.bytes + s.cost.bytes,
-        })
+        self.steps.iter().map(|s| s.cost).sum()
+    }
+
+    /// The part of it that repeats earlier steps: what recomputation costs.
+    pub fn repeated(&self) -> Cost {
+        self.steps.iter().filter(|s| s.again).map(|s| s.cost).sum()
     }
 }
 
@@ -414,9 +419,10 @@ impl fmt::Display for Plan {
         let cost = self.cost();
         writeln!(
             f,
-            "{} steps, {:.3} GFLOP, {:.1} MB moved; states {:.1} MB, inputs {:.1} MB, scratch {:.1} MB",
+            "{} steps, {:.3} GFLOP ({:.3} again), {:.1} MB moved; states {:.1} MB, inputs {:.1} MB, scratch {:.1} MB",
             self.steps.len(),
             cost.flops as f64 / 1e9,
+            self.repeated().flops as f64 / 1e9,
             cost.bytes as f64 / 1e6,
             self.states.iter().map(|s| s.spec.bytes()).sum::<usize>() as f64 / 1e6,
             self.input_bytes as f64 / 1e6,
@@ -426,7 +432,8 @@ impl fmt::Display for Plan {
             let list = |slots: &[Slot]| slots.iter().map(|s| self.describe(s)).collect::<Vec<_>>().join(" ");
             writeln!(
                 f,
-                "{i:4}  {:18} {} <- {}  {} B  {} FLOP",
+                "{i:4}{} {:18} {} <- {}  {} B  {} FLOP",
+                if s.again { '+' } else { ' ' },
                 s.op.name(),
                 list(&s.outs),
                 list(&s.ins),

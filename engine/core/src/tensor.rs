@@ -272,6 +272,8 @@ impl<'a> In<'a> {
 pub struct Out<'a> {
     /// Extents.
     pub shape: Shape,
+    /// What the device will store it as, for an op that goes on from a result that it yields.
+    pub stored: DType,
     /// Elements.
     pub data: ViewMut<'a>,
 }
@@ -310,7 +312,8 @@ impl Host {
         match dtype {
             DType::F64 => Host::F64(values.collect()),
             DType::F32 => Host::F32(values.map(|x| x as f32).collect()),
-            DType::Bf16 => Host::Bf16(values.map(bf16::from_f64).collect()),
+            // `bf16::from_f64` leaves out the low half of a number before it rounds.
+            DType::Bf16 => Host::Bf16(values.map(|x| bf16::from_f32(x as f32)).collect()),
             DType::I32 => Host::I32(values.map(|x| x as i32).collect()),
             DType::U8 => Host::U8(values.map(|x| x as u8).collect()),
         }
@@ -346,6 +349,19 @@ impl Host {
             Host::Bf16(v) => ViewMut::Bf16(v),
             Host::I32(v) => ViewMut::I32(v),
             Host::U8(v) => ViewMut::U8(v),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_barely_above_the_middle_are_rounded_up() {
+        for digits in [9, 12, 20, 23] {
+            let x = 1.0 + 2f64.powi(-8) + 2f64.powi(-digits);
+            assert_eq!(Host::from_f64(DType::Bf16, [x]).to_f64(), [1.0 + 2f64.powi(-7)], "2^-{digits}");
         }
     }
 }

@@ -87,6 +87,27 @@ pub enum MatmulPrecision {
     Bfloat16,
 }
 
+/// What numbers are stored as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Float {
+    /// f32.
+    #[default]
+    Float32,
+    /// bf16.
+    Bfloat16,
+}
+
+impl Float {
+    /// The type of tensors that hold them.
+    pub fn dtype(self) -> DType {
+        match self {
+            Float::Float32 => DType::F32,
+            Float::Bfloat16 => DType::Bf16,
+        }
+    }
+}
+
 /// How images enter and leave the model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -6,8 +6,9 @@
 //! export only.
 use crate::{
     batch::Batch,
-    config::{ModelConfig, PatchPositions},
+    config::{Float, ModelConfig, PatchPositions},
 };
+use serde::{Deserialize, Serialize};
 use transfusion_core::{
     Result,
     graph::Graph,
@@ -149,6 +150,20 @@ pub enum NoiseSource {
     Given,
 }
 
+/// What of the forward pass is computed again in the backward pass instead of being kept until then. The
+/// results have the same bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// What passes over rows without a product: norms, RoPE behind them, SwiGLU, picked rows.
+    Cheap,
+    /// Layers: only the input of each is kept.
+    Blocks,
+}
+
 /// What a loss program is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LossOptions {
@@ -158,6 +173,10 @@ pub struct LossOptions {
     pub ema: bool,
     /// Where the noise comes from.
     pub noise: NoiseSource,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// What gradients are summed in.
+    pub gradients: Float,
     /// F64 for gradient checks, else `None`: what the configuration says.
     pub dtype: Option<DType>,
     /// Adds what a proof looks at: outputs `hidden [N, C]` (the rows that heads read), `qkv.L`
@@ -167,8 +186,15 @@ pub struct LossOptions {
 
 impl LossOptions {
     /// A training step.
-    pub const TRAIN: LossOptions =
-        LossOptions { backward: true, ema: false, noise: NoiseSource::Counter, dtype: None, inspect: false };
+    pub const TRAIN: LossOptions = LossOptions {
+        backward: true,
+        ema: false,
+        noise: NoiseSource::Counter,
+        recompute: Recompute::None,
+        gradients: Float::Float32,
+        dtype: None,
+        inspect: false,
+    };
     /// Evaluation.
     pub const EVAL: LossOptions = LossOptions { backward: false, ..LossOptions::TRAIN };
 }
@@ -182,6 +208,7 @@ pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> 
     let dtype = options.dtype.unwrap_or(c.dtype());
     let mut b = Builder::new(c, if options.ema { Kind::Ema } else { Kind::Param }, dtype);
     b.inspect = options.inspect;
+    b.recompute = if options.backward { options.recompute } else { Recompute::None };
     let Capacity { rows, positions, .. } = capacity;
     let n = rows * positions;
     let tokens = b.g.input("tokens", [n], DType::I32);
@@ -213,6 +240,7 @@ pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> 
     };
     b.g.output("loss", loss);
     if options.backward {
+        b.g.gradients = Some(options.gradients.dtype());
         let params: Vec<Tensor> = weights(c).iter().map(|w| b.weight(&w.name)).collect();
         b.g.backward(loss, &params)?;
     }
@@ -228,6 +256,10 @@ pub struct UpdateOptions {
     pub max_norm: f64,
     /// Whether running means of the weights are kept.
     pub ema: bool,
+    /// What gradients are stored as.
+    pub gradients: Float,
+    /// What the moments are stored as.
+    pub moments: Float,
 }
 
 /// The program of one optimiser step over all `Grad` states: inputs `schedule` (see
@@ -238,8 +270,9 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let schedule = g.input("schedule", [3], DType::F32);
     let all = weights(c);
     let mut sum = g.fill(0.0, [1], DType::F32);
+    let gradients = options.gradients.dtype();
     for w in &all {
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), DType::F32);
+        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
         sum = g.sum_squares_into(sum, grad);
     }
     let [norm, scale] = g.clip(sum, options.max_norm);
@@ -247,11 +280,11 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
     for w in &all {
         let mut optim =
-            |what: &str| g.state(Kind::Optim, &format!("{}.{what}", w.name), w.shape(), DType::F32);
-        let (m, v) = (optim("m"), optim("v"));
-        let master = (dtype == DType::Bf16).then(|| optim("master"));
+            |what: &str, dtype| g.state(Kind::Optim, &format!("{}.{what}", w.name), w.shape(), dtype);
+        let [m, v] = ["m", "v"].map(|what| optim(what, options.moments.dtype()));
+        let master = (dtype == DType::Bf16).then(|| optim("master", DType::F32));
         let param = g.state(Kind::Param, &w.name, w.shape(), dtype);
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), DType::F32);
+        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
         let hyper = AdamW {
             weight_decay: if w.decays() { options.adamw.weight_decay } else { 0.0 },
             ..options.adamw
@@ -367,13 +400,15 @@ struct Builder<'c> {
     kind: Kind,
     dtype: DType,
     inspect: bool,
+    recompute: Recompute,
 }
 
 impl<'c> Builder<'c> {
     fn new(config: &'c ModelConfig, kind: Kind, dtype: DType) -> Builder<'c> {
         let mut g = Graph::new();
         g.precision = config.precision(dtype);
-        Builder { g, config, all: weights(config), kind, dtype, inspect: false }
+        let (inspect, recompute) = (false, Recompute::None);
+        Builder { g, config, all: weights(config), kind, dtype, inspect, recompute }
     }
 
     /// Makes a value an output, where those are wanted.
@@ -381,6 +416,20 @@ impl<'c> Builder<'c> {
         if self.inspect {
             self.g.output(name, t);
         }
+    }
+
+    /// What `build` adds is computed again in the backward pass, if at least `from` is.
+    fn again<R>(&mut self, from: Recompute, build: impl FnOnce(&mut Self) -> R) -> R {
+        let before = self.g.recompute;
+        self.g.recompute |= self.recompute >= from;
+        let built = build(self);
+        self.g.recompute = before;
+        built
+    }
+
+    /// The same of what passes over rows without a product.
+    fn cheap<R>(&mut self, build: impl FnOnce(&mut Self) -> R) -> R {
+        self.again(Recompute::Cheap, build)
     }
 
     /// A weight, or its running mean.
@@ -418,15 +467,20 @@ impl<'c> Builder<'c> {
     /// The transformer, from embedded rows `[N, C]` to normalised ones.
     fn trunk(&mut self, mut x: Tensor, place: &Place) -> Tensor {
         for i in 0..self.config.num_hidden_layers {
-            x = self.attention_block(i, x, place);
-            x = self.feed_forward_block(i, x);
+            let [gated, residual] = self.again(Recompute::Blocks, |b| {
+                let x = b.attention_block(i, x, place);
+                [b.gated(i, x), x]
+            });
+            let w = self.weight(&layer(i, "mlp.down_proj.weight"));
+            x = self.g.linear(gated, w, Epilogue { residual: Some(residual), ..Default::default() });
         }
         self.norm(x, "model.norm.weight")
     }
 
     fn norm(&mut self, x: Tensor, name: &str) -> Tensor {
         let w = self.weight(name);
-        self.g.rmsnorm(x, w, self.config.rms_norm_eps)
+        let eps = self.config.rms_norm_eps;
+        self.cheap(|b| b.g.rmsnorm(x, w, eps))
     }
 
     fn attention_block(&mut self, i: usize, x: Tensor, place: &Place) -> Tensor {
@@ -437,7 +491,7 @@ impl<'c> Builder<'c> {
         if c.qk_norm() {
             let wq = self.weight(&layer(i, "self_attn.q_norm.weight"));
             let wk = self.weight(&layer(i, "self_attn.k_norm.weight"));
-            qkv = self.g.qk_norm(qkv, wq, wk, c.heads(), c.rms_norm_eps);
+            qkv = self.cheap(|b| b.g.qk_norm(qkv, wq, wk, c.heads(), c.rms_norm_eps));
         }
         let o = self.attend(i, qkv, place);
         let w = self.weight(&layer(i, "self_attn.o_proj.weight"));
@@ -450,13 +504,13 @@ impl<'c> Builder<'c> {
         let (n, packed) = (self.g.spec(qkv).shape.rows(), self.g.spec(qkv).shape.last());
         let rotate = |b: &mut Self, positions: Tensor| {
             let flat = b.g.reshape(positions, [n]);
-            b.g.rope(qkv, flat, heads, b.config.rope_theta)
+            b.cheap(|b| b.g.rope(qkv, flat, heads, b.config.rope_theta))
         };
         let o = match *place {
             Place::Packed { rows, positions, row_start, row_end } => {
                 let qkv = rotate(self, positions);
                 self.show(&format!("qkv.{i}"), qkv);
-                let qkv = self.g.reshape(qkv, [rows, n / rows.max(1), packed]);
+                let qkv = self.cheap(|b| b.g.reshape(qkv, [rows, n / rows.max(1), packed]));
                 self.g.attention(qkv, row_start, row_end, heads)
             }
             Place::Cached { extend: e, positions, slots, row_start, row_end } => {
@@ -475,12 +529,16 @@ impl<'c> Builder<'c> {
         self.g.reshape(o, [n, heads.heads * heads.width])
     }
 
-    fn feed_forward_block(&mut self, i: usize, x: Tensor) -> Tensor {
+    /// The feed-forward network up to what its last product reads: `[N, C]` to `[N, F]`.
+    fn gated(&mut self, i: usize, x: Tensor) -> Tensor {
         let h = self.norm(x, &layer(i, "post_attention_layernorm.weight"));
         let w = self.weight(&layer(i, "mlp.gate_up.weight"));
-        let gated = self.g.linear(h, w, Epilogue { activation: Activation::SwiGlu, ..Default::default() });
-        let w = self.weight(&layer(i, "mlp.down_proj.weight"));
-        self.g.linear(gated, w, Epilogue { residual: Some(x), ..Default::default() })
+        if self.recompute == Recompute::Cheap {
+            // An op of its own can be computed again without the product.
+            let gate_up = self.g.linear(h, w, Epilogue::default());
+            return self.cheap(|b| b.g.swiglu(gate_up));
+        }
+        self.g.linear(h, w, Epilogue { activation: Activation::SwiGlu, ..Default::default() })
     }
 
     /// Mean cross entropy of the positions that carry one.
@@ -488,7 +546,7 @@ impl<'c> Builder<'c> {
         let rows = self.g.input("text_rows", [text_rows], DType::I32);
         let targets = self.g.input("targets", [text_rows], DType::I32);
         let count = self.g.input("text_count", [1], self.dtype.accumulator());
-        let h = self.g.gather_rows(h, rows);
+        let h = self.cheap(|b| b.g.gather_rows(h, rows));
         let head = self.head();
         self.g.cross_entropy(h, head, targets, count)
     }
@@ -552,7 +610,7 @@ impl<'c> Builder<'c> {
 
     /// Mean over the step's images of the mean squared error per element, and each image's.
     fn image_loss(&mut self, h: Tensor, batch: &Images, images: usize) -> [Tensor; 2] {
-        let h = self.g.gather_rows(h, batch.rows);
+        let h = self.cheap(|b| b.g.gather_rows(h, batch.rows));
         let prediction = self.patch_prediction(h, images);
         self.show("prediction", prediction);
         let float = self.dtype.accumulator();

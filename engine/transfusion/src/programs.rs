@@ -28,7 +28,7 @@ pub fn loss(config: &RunConfig, options: LossOptions) -> Named {
 /// Those of a training step.
 pub fn training(config: &RunConfig) -> Vec<Named> {
     let update = Program::Update(config.train.update());
-    vec![loss(config, LossOptions::TRAIN), Named { name: "update", positions: 0, program: update }]
+    vec![loss(config, config.train.loss()), Named { name: "update", positions: 0, program: update }]
 }
 
 /// Those that sampling replays: a prompt, a token, and, with images, a given image and a guided step of one.

@@ -55,7 +55,7 @@ pub fn training_step(config: &RunConfig, packing: Packing, seed: u64) -> Result<
     let engine = Engine::initialised(config.model.clone(), cpu(0)?, seed)?;
     let trainer = Trainer::new(engine, train.clone())?;
     let (capacity, mut engine) = (trainer.capacity(), trainer.into_engine());
-    let loss = Program::Loss(capacity, LossOptions::TRAIN);
+    let loss = Program::Loss(capacity, train.loss());
     let before = on_batch(&mut engine, "loss", loss, &batch(config, packing, seed)?, seed)?;
     let plan = engine.open(loss)?;
     engine.run(plan)?;

@@ -1,10 +1,10 @@
 //! Training step by step, in the application's own loop.
 use crate::{
     batch::Batch,
-    config::ModelConfig,
+    config::{Float, ModelConfig},
     engine::{Engine, Program},
     error::{Error, Result},
-    model::{Capacity, LossOptions, UpdateOptions},
+    model::{Capacity, LossOptions, Recompute, UpdateOptions},
 };
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -49,6 +49,14 @@ pub struct TrainOptions {
     pub max_norm: f64,
     /// Limit of the decay of the running means of the weights; 0 keeps none.
     pub ema: f64,
+    /// What the backward pass computes again instead of keeping it: `none`, `cheap` (passes over rows), or
+    /// `blocks` (whole layers). Changes memory and time, and no bit.
+    pub recompute: Recompute,
+    /// What gradients are summed in over the micro-batches of a step: `float32` or `bfloat16`, which rounds once
+    /// for each micro-batch.
+    pub gradients: Float,
+    /// What AdamW's moments are stored as: `float32` or `bfloat16`.
+    pub moments: Float,
     /// Seed of weights, order, noise levels and noise.
     pub seed: u64,
 }
@@ -71,6 +79,9 @@ impl Default for TrainOptions {
             weight_decay: 0.1,
             max_norm: 1.0,
             ema: 0.0,
+            recompute: Recompute::None,
+            gradients: Float::Float32,
+            moments: Float::Float32,
             seed: 0,
         }
     }
@@ -108,6 +119,28 @@ impl TrainOptions {
                 return refuse(key, value.to_string(), "0 or more");
             }
         }
+        self.check_narrow()
+    }
+
+    /// Refuses sums in bf16 that would stop growing, or shrinking, unnoticed: one of its numbers swallows what is
+    /// below a 256th of it.
+    fn check_narrow(&self) -> Result<()> {
+        let refuse = |why: String| Err(Error::Config(why));
+        if self.gradients == Float::Bfloat16 && self.accumulation > BF16_TERMS {
+            return refuse(format!(
+                "train.gradients bfloat16 cannot sum {} micro-batches; set train.accumulation to {BF16_TERMS} or less, \
+                 with larger train.rows, or train.gradients=float32",
+                self.accumulation
+            ));
+        }
+        let least = 1.0 / BF16_TERMS as f64;
+        let slow = [("beta1", self.beta1), ("beta2", self.beta2)].into_iter().find(|(_, b)| 1.0 - b < least);
+        if let (Float::Bfloat16, Some((key, beta))) = (self.moments, slow) {
+            return refuse(format!(
+                "train.moments bfloat16 cannot decay by {beta}; set train.{key} to {} or less, or train.moments=float32",
+                1.0 - least
+            ));
+        }
         Ok(())
     }
 
@@ -139,6 +172,11 @@ impl TrainOptions {
         Capacity { rows: self.rows, positions: self.positions, text_rows: positions, images }
     }
 
+    /// What the program of a micro-batch is built from.
+    pub fn loss(&self) -> LossOptions {
+        LossOptions { recompute: self.recompute, gradients: self.gradients, ..LossOptions::TRAIN }
+    }
+
     /// What the optimiser's program is built from.
     pub fn update(&self) -> UpdateOptions {
         UpdateOptions {
@@ -150,9 +188,14 @@ impl TrainOptions {
             },
             max_norm: self.max_norm,
             ema: self.ema > 0.0,
+            gradients: self.gradients,
+            moments: self.moments,
         }
     }
 }
+
+/// How many numbers of one size a sum in bf16 can hold before it swallows the next: its significand has 8 bits.
+pub(crate) const BF16_TERMS: usize = 256;
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -231,7 +274,7 @@ impl Trainer {
         if options.ema > 0.0 && !engine.has_ema() {
             engine.start_ema()?;
         }
-        engine.open(Program::Loss(capacity, LossOptions::TRAIN))?;
+        engine.open(Program::Loss(capacity, options.loss()))?;
         engine.open(Program::Update(options.update()))?;
         let mut trainer = Trainer {
             engine,
@@ -293,10 +336,12 @@ impl Trainer {
             Kind::Ema if self.options.ema == 0.0 => vec![],
             Kind::Optim => {
                 let masters = self.engine.config().dtype() == DType::Bf16;
-                let parts = if masters { &["m", "v", "master"][..] } else { &["m", "v"] };
+                let moments = self.options.moments.dtype();
+                let parts = [("m", moments), ("v", moments), ("master", DType::F32)];
+                let parts = if masters { &parts[..] } else { &parts[..2] };
                 let of = |(name, spec): &(String, Spec)| {
-                    let spec = Spec { dtype: DType::F32, ..*spec };
-                    parts.iter().map(|part| (format!("{name}.{part}"), spec)).collect::<Vec<_>>()
+                    let part = |&(part, dtype)| (format!("{name}.{part}"), Spec { dtype, ..*spec });
+                    parts.iter().map(part).collect::<Vec<_>>()
                 };
                 weights.iter().flat_map(of).collect()
             }
@@ -359,7 +404,7 @@ impl Trainer {
                 batch.geometry
             )));
         }
-        let plan = self.engine.open(Program::Loss(self.capacity, LossOptions::TRAIN))?;
+        let plan = self.engine.open(Program::Loss(self.capacity, self.options.loss()))?;
         let has_images = self.engine.config().image().is_some();
         let mut report = StepReport {
             step: self.progress.step + 1,

@@ -1,7 +1,7 @@
 //! How fast kernels run: `speed FILE KERNEL GRID BLOCK SHARED ARGUMENT...`, without checks and with all.
 //!
-//! An argument is `u32:N`, `f32:X`, a pointer to zeros `zeros:BYTES`, one to an output `empty:BYTES`, or a map
-//! `map:ROWS:COLUMNS:TILE_ROWS:TILE_COLUMNS` of `bf16` with 128-byte swizzle. For example
+//! An argument is `u32:N`, `f32:X`, a pointer to zeros `zeros:BYTES`, to words that repeat `words:BYTES:N:N...`, to an
+//! output `empty:BYTES`, or a map `map:ROWS:COLUMNS:TILE_ROWS:TILE_COLUMNS` of `bf16` with 128-byte swizzle. For example
 //!
 //! ```text
 //! speed gemm.ptx gemm_nt_bf16 4,4,1 128 0 zeros:131072 zeros:131072 empty:131072 u32:256 u32:256 u32:256 \
@@ -71,6 +71,11 @@ fn argument(word: &str, memories: &mut Vec<Memory>) -> Result<Argument<'static>,
         ["u32", n] => Argument::U32(n.parse()?),
         ["f32", x] => Argument::F32(x.parse()?),
         ["zeros", n] => Argument::Window(window(Memory::from_bytes(&vec![0; n.parse()?]))),
+        ["words", n, ref pattern @ ..] if !pattern.is_empty() => {
+            let pattern = pattern.iter().map(|word| word.parse()).collect::<Result<Vec<u32>, _>>()?;
+            let bytes = pattern.iter().cycle().take(n.parse::<usize>()? / 4).flat_map(|w| w.to_le_bytes());
+            Argument::Window(window(Memory::from_bytes(&bytes.collect::<Vec<_>>())))
+        }
         ["empty", n] => Argument::Window(window(Memory::new(n.parse()?))),
         ["map", rows, columns, tile_rows, tile_columns] => {
             let (rows, columns): (u64, u64) = (rows.parse()?, columns.parse()?);

@@ -206,7 +206,7 @@ fn launch(
             Some((at, name)) if param.kind == Kind::Bytes => {
                 let map = usize::try_from(word(bytes)).ok().and_then(|i| maps.get(i));
                 let map = map.ok_or_else(|| refused(format!("argument {i} is no tensor map")))?;
-                Argument::TensorMap(tensor_map(window(at, name, 0), map))
+                Argument::TensorMap(tensor_map(window(at, name, map.offset), map))
             }
             Some((at, name)) => Argument::Window(window(at, name, word(bytes) - at.address)),
         });

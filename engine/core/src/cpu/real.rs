@@ -214,6 +214,14 @@ pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     lanes[0]
 }
 
+/// Rounds to what `stored` holds of it: nothing is lost but to bf16.
+#[inline(always)]
+pub fn round<T: Real>(x: &mut [T], stored: DType) {
+    if stored == DType::Bf16 {
+        x.iter_mut().for_each(|x| *x = T::of(half::bf16::from_f32(x.f64() as f32).to_f64()));
+    }
+}
+
 /// `y += a x` over the common length.
 #[inline(always)]
 pub fn axpy<T: Real>(y: &mut [T], a: T, x: &[T]) {

@@ -266,7 +266,7 @@ fn run_step(step: &Step, base: &Bases, staging: &mut [f32], cpu: &Cpu, poison: b
     let mut free = staging;
     let mut ins = [In { shape: [0].into(), data: View::U8(&[]) }; OPERANDS];
     let mut outs: [Out<'_>; OPERANDS] =
-        std::array::from_fn(|_| Out { shape: [0].into(), data: ViewMut::U8(&mut []) });
+        std::array::from_fn(|_| Out { shape: [0].into(), stored: DType::U8, data: ViewMut::U8(&mut []) });
     for (i, slot) in step.ins.iter().enumerate() {
         let in_place = (0..step.outs.len()).any(|o| replaced(step, o) == Some(i));
         ins[i].shape = slot.spec.shape;
@@ -280,7 +280,7 @@ fn run_step(step: &Step, base: &Bases, staging: &mut [f32], cpu: &Cpu, poison: b
         if poison && !step.aliases(o) {
             view.bytes().fill(0xff);
         }
-        outs[o].shape = slot.spec.shape;
+        (outs[o].shape, outs[o].stored) = (slot.spec.shape, slot.spec.dtype);
         outs[o].data = match view {
             ViewMut::Bf16(v) => ViewMut::F32(stage(v, &mut free)),
             view => view,

@@ -91,7 +91,7 @@ pub trait Places {
     /// If it has no memory.
     fn address(&mut self, operand: Operand, slot: &Slot) -> Result<u64>;
 
-    /// The tensor map over an operand that begins at `address`, as the machine wants it.
+    /// The tensor map whose first element lies at `address`, as the machine wants it.
     ///
     /// # Errors
     /// If the machine refuses it.
@@ -329,7 +329,7 @@ impl<'a> Resolver<'a, '_> {
                 geometry_fits(geometry, &located)
                     .map_err(|why| format!("tensor map of {operand:?}: {why}"))?;
                 found(located);
-                self.places.tensor_map(located.address, geometry)?.into()
+                self.places.tensor_map(located.address + geometry.offset, geometry)?.into()
             }
         })
     }
@@ -405,7 +405,8 @@ fn geometry_fits(g: &Geometry, operand: &Located) -> Result<(), String> {
     if g.extents.iter().any(|&n| n == 0 || n > 1 << 32) || g.tile.iter().any(|&n| n == 0 || n > 256) {
         return Err(format!("extents {:?}, box {:?}", g.extents, g.tile));
     }
-    if !operand.address.is_multiple_of(16) || g.strides.iter().any(|s| s % 16 != 0 || *s >= 1 << 40) {
+    let first = operand.address.wrapping_add(g.offset);
+    if !first.is_multiple_of(16) || g.strides.iter().any(|s| s % 16 != 0 || *s >= 1 << 40) {
         return Err(format!("address and strides {:?} must be multiples of 16 bytes", g.strides));
     }
     let row = g.tile[0] * g.element;
@@ -414,7 +415,7 @@ fn geometry_fits(g: &Geometry, operand: &Located) -> Result<(), String> {
     }
     let reach = |(extent, stride): (&u64, &u64)| u128::from(extent - 1) * u128::from(*stride);
     let rest: u128 = g.extents[1..].iter().zip(&g.strides).map(reach).sum();
-    let end = rest + u128::from(g.extents[0]) * u128::from(g.element);
+    let end = u128::from(g.offset) + rest + u128::from(g.extents[0]) * u128::from(g.element);
     if end > u128::from(operand.bytes) {
         return Err(format!("it reaches {end} bytes into an operand of {}", operand.bytes));
     }
@@ -482,6 +483,7 @@ mod tests {
             scratch: vec![slot(Spec::new([32], DType::U8), Segment::Scratch, 4096)],
             launches,
             cost: Default::default(),
+            again: false,
         }
     }
 
@@ -530,7 +532,8 @@ mod tests {
     }
 
     fn geometry() -> Geometry {
-        Geometry { element: 2, extents: vec![64, 8], strides: vec![128], tile: vec![64, 8], swizzle: 128 }
+        let (extents, tile) = (vec![64, 8], vec![64, 8]);
+        Geometry { offset: 0, element: 2, extents, strides: vec![128], tile, swizzle: 128 }
     }
 
     fn tiles(geometry: Geometry) -> Launch {
@@ -555,7 +558,7 @@ mod tests {
     #[test]
     fn arguments_are_packed_as_declared() {
         let library = library(&Target::A100);
-        let step = step(vec![changed(|_| ()), tiles(geometry())]);
+        let step = step(vec![changed(|_| ()), tiles(Geometry { offset: 16, ..geometry() })]);
         let found = commands(&step, &Target::A100, &library, &mut Flat).unwrap();
         let [Command::Kernel(scale), Command::Kernel(tiles)] = &found[..] else { panic!("{found:?}") };
         let mut want = Vec::new();
@@ -570,7 +573,7 @@ mod tests {
             vec![(0, located(Operand::Out(0), 0x2000_0000)), (1, located(Operand::In(0), 0x1000_0100))];
         assert_eq!(scale.operands, operands);
         assert_eq!((tiles.params.len(), &tiles.params[..4]), (192, &[3, 0, 0, 0][..]));
-        assert_eq!(&tiles.params[64..73], &[0, 1, 0, 0x10, 0, 0, 0, 0, 0xee]);
+        assert_eq!(&tiles.params[64..73], &[0x10, 1, 0, 0x10, 0, 0, 0, 0, 0xee]);
     }
 
     #[test]
@@ -615,6 +618,8 @@ mod tests {
         };
         broken(&|g| g.extents[1] = 17, "reaches 2176 bytes into an operand of 2048");
         broken(&|g| g.strides[0] = 136, "multiples of 16");
+        broken(&|g| g.offset = 8, "multiples of 16");
+        broken(&|g| g.offset = 1040, "reaches 2064 bytes into an operand of 2048");
         broken(&|g| g.tile[0] = 72, "a row of the box has 144 bytes");
         broken(&|g| g.tile[1] = 512, "box [64, 512]");
         broken(&|g| g.swizzle = 16, "swizzled by 16");

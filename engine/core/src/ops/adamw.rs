@@ -164,6 +164,9 @@ impl Op for AdamWStep {
         if let Some(s) = ins[..n].iter().find(|s| s.shape != ins[0].shape) {
             return Err(format!("state {s:?} is not of the weight's shape {:?}", ins[0]));
         }
+        if ins[1].dtype != ins[2].dtype {
+            return Err(format!("moments {:?} and {:?} differ in type", ins[1], ins[2]));
+        }
         if ins[n].shape.numel() != 3 || ins[n + 1].shape.numel() != 1 {
             return Err(format!("schedule {:?} is not [3] or scale {:?} not [1]", ins[n], ins[n + 1]));
         }
@@ -292,20 +295,32 @@ impl Op for Ema {
 
 pub(super) fn cases() -> Vec<Case> {
     let hyper = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    // Moments as after gradients of size `past`.
-    let step_after = move |past: f64, name: &str, master: bool, n: usize, scale: f64, gradient: Fill| {
+    // Moments as after gradients of size `past`. Narrow moments and gradients are of the type under test.
+    let stored = |case: Case, narrow: bool, n: usize, fill: Fill| match narrow {
+        true => case.floats([n], fill),
+        false => case.single([n], fill),
+    };
+    let step_of = move |narrow: [bool; 2],
+                        past: f64,
+                        name: &str,
+                        master: bool,
+                        n: usize,
+                        scale: f64,
+                        gradient: Fill| {
         let case = Case::new("adamw", name, move |g, x| {
             let s = AdamWStates { param: x[0], m: x[1], v: x[2], grad: x[3], master: master.then(|| x[6]) };
             vec![g.adamw(hyper, s, x[4], x[5])]
         });
-        let case = case
-            .normal([n])
-            .single([n], Fill::Normal(0.1 * past))
-            .single([n], Fill::Uniform(0.1 * past * past, past * past))
-            .single([n], gradient)
+        let [moments, gradients] = narrow;
+        let case = stored(case.normal([n]), moments, n, Fill::Normal(0.1 * past));
+        let case = stored(case, moments, n, Fill::Uniform(0.1 * past * past, past * past));
+        let case = stored(case, gradients, n, gradient)
             .single([3], Fill::Values(vec![0.01, 0.19, 0.0975]))
             .single([1], Fill::Values(vec![scale]));
         if master { case.single([n], Fill::Normal(1.0)) } else { case }.without_gradient()
+    };
+    let step_after = move |past: f64, name: &str, master: bool, n: usize, scale: f64, gradient: Fill| {
+        step_of([false; 2], past, name, master, n, scale, gradient)
     };
     let step = move |name: &str, master: bool, n: usize, scale: f64, gradient: Fill| {
         step_after(1.0, name, master, n, scale, gradient)
@@ -368,6 +383,15 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(ema(n.to_string(), n, 0.99, 1.0).large());
     }
     cases.push(squares("900_001".into(), 900_001).large());
+    for (narrow, what) in [([true, false], "moments"), ([false, true], "gradient"), ([true; 2], "both")] {
+        let case = |n: usize, scale: f64, gradient: Fill| {
+            let name = format!("{n}, {what} narrow, scale {scale}");
+            step_of(narrow, 1.0, &name, true, n, scale, gradient)
+        };
+        cases.push(case(1029, 0.5, Fill::Normal(1.0)));
+        cases.push(case(43, 0.0, broken()));
+        cases.extend([1, 3, 6, 1023, 5003, 444_001].map(|n| case(n, 0.5, Fill::Normal(0.1)).large()));
+    }
     cases
 }
 

@@ -299,6 +299,7 @@ pub(super) fn cases() -> Vec<Case> {
         (8, 8, 1),
         (4099, 8, 8),
         (4111, 16, 11),
+        (4099, 64, 72),
         (8201, 8, 16),
     ];
     let random = |r: usize, c: usize, v: usize| {
@@ -322,5 +323,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases.extend(large.map(|(r, c, v)| random(r, c, v)));
     let sums = [(7, 16, 24), (67, 8, 131), (130, 40, 64), (4099, 8, 8), (4111, 16, 11), (5, 8, 2051)];
     cases.extend(sums.map(|(r, c, v)| random(r, c, v).accumulating()));
+    let narrow = [(67, 8, 131), (4099, 8, 8), (130, 40, 64)];
+    cases.extend(narrow.map(|(r, c, v)| random(r, c, v).accumulating_in(DType::Bf16)));
     cases
 }

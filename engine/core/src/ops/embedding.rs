@@ -40,6 +40,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("accumulated", 11, 8, &[7, 7, -1, 0, 10, 11, 7]).accumulating(),
         case("bytes, accumulated", 256, 264, &text).accumulating().large(),
         case("words, accumulated", 1009, 128, &words).accumulating().large(),
+        case("sums in bf16", 11, 8, &[7, 7, -1, 0, 10, 11, 7]).accumulating_in(DType::Bf16),
+        case("words, sums in bf16", 1009, 128, &words).accumulating_in(DType::Bf16).large(),
     ]
 }
 

@@ -1,5 +1,6 @@
 //! `y = act(x w^T + bias) + residual`: every matrix product of the model. Fusion is said, not found:
-//! what follows the product is its [`Epilogue`].
+//! what follows the product is its [`Epilogue`]. An activation takes what is stored of the product, so that it
+//! has the bits of an op of its own: those that recomputation finds.
 use super::{
     add::column_sum,
     prelude::*,
@@ -74,12 +75,15 @@ impl Linear {
         self.residual.then_some(2 + usize::from(self.bias))
     }
 
-    /// Bias, activation and residual over finished rows of the product `pre`; `y` is empty where
-    /// `pre` itself is the result.
+    /// Bias, activation and residual over finished rows of the product `pre`, which is stored as `stored`;
+    /// `y` is empty where `pre` itself is the result.
     #[inline(always)]
-    fn finish<T: Real>(&self, pre: &mut [T], y: &mut [T], bias: &[T], residual: &[T]) {
+    fn finish<T: Real>(&self, pre: &mut [T], stored: DType, y: &mut [T], bias: &[T], residual: &[T]) {
         if self.bias {
             pre.chunks_mut(bias.len()).for_each(|row| axpy(row, T::ONE, bias));
+        }
+        if self.activation != Activation::None {
+            round(pre, stored);
         }
         match self.activation {
             Activation::None if self.residual => axpy(pre, T::ONE, residual),
@@ -97,6 +101,7 @@ impl Linear {
         let bias = if self.bias { T::read(&ins[2]) } else { &[] };
         let residual = self.residual_at().map_or(&[][..], |i| T::read(&ins[i]));
         let step = piece_rows(n);
+        let stored = outs.last().map_or(T::DTYPE, |pre| pre.stored);
         let (y, pre) = match outs {
             [y, pre] => (T::write(y), T::write(pre)),
             [pre, ..] => (&mut [][..], T::write(pre)),
@@ -112,7 +117,7 @@ impl Linear {
             }
             let out = if width == 0 { m } else { width };
             let residual = if self.residual { &residual[i * step * out..][..rows * out] } else { &[] };
-            simd!(self.finish(pre, y, bias, residual));
+            simd!(self.finish(pre, stored, y, bias, residual));
         };
         let pres = pre.par_chunks_mut((step * m).max(1)).enumerate();
         if width == 0 {
@@ -300,10 +305,22 @@ pub(super) fn cases() -> Vec<Case> {
             .normal([6])
             .normal([133, 3]),
         plain(9, 16, 24).accumulating(),
+        plain(9, 16, 24).accumulating_in(DType::Bf16),
+        fused("bias, residual, sums in bf16", Activation::None)
+            .normal([5, 8])
+            .normal([16, 8])
+            .normal([16])
+            .normal([5, 16])
+            .accumulating_in(DType::Bf16),
     ];
     // With 8 SMs the weight gradient of this one is split in tiles of 128x128.
     cases.push(plain(2003, 256, 256).large());
     cases.push(plain(2003, 256, 256).accumulating().large());
+    cases.push(plain(2003, 256, 256).accumulating_in(DType::Bf16).large());
+    // And these of an H200 with 8 SMs in both of its tiles.
+    cases.push(plain(1531, 128, 128).large());
+    // More small tiles than an H200 has SMs.
+    cases.push(plain(1097, 72, 520).large());
     // Odd and prime row counts, depths that wrap the ring of stages, edges on every side, splits.
     let products = [
         (1, 8, 8),
@@ -334,9 +351,16 @@ pub(super) fn cases() -> Vec<Case> {
         (313, 16, 88),
         (641, 72, 8),
         (2053, 8, 16),
+        (67, 456, 88),
+        (83, 136, 152),
+        (139, 328, 200),
+        (181, 72, 168),
+        (229, 152, 136),
     ];
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
+    let narrow = products.into_iter().step_by(4);
+    cases.extend(narrow.map(|(n, k, m)| plain(n, k, m).accumulating_in(DType::Bf16).large()));
     // Few rows, as in decoding: every number that has a kernel, and depths that wrap a warp's step.
     let few = [
         (1, 8, 8),

@@ -243,6 +243,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("7 rows of 3 + 1 heads".into(), 7, 3, 1, 5),
         case("several chunks".into(), 617, 2, 1, 34),
         case("accumulated".into(), 5, 3, 1, 8).accumulating(),
+        case("sums in bf16".into(), 67, 3, 1, 8).accumulating_in(DType::Bf16),
     ];
     // Rows, query heads, key heads, width: every size of group, full and with idle lanes, and rows that wrap
     // the grid.

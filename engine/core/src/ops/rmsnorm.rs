@@ -196,5 +196,7 @@ pub(super) fn cases() -> Vec<Case> {
     ];
     let large = large.into_iter().map(|(n, c)| case(n, c).large());
     let sums = [(37, 40), (301, 1024), (5, 1032)].map(|(n, c)| case(n, c).accumulating().large());
-    small.into_iter().map(|(n, c)| case(n, c)).chain(large).chain(sums).collect()
+    let narrow = [case(9, 8), case(301, 1024).large(), case(5, 1032).large()];
+    let narrow = narrow.map(|case| case.accumulating_in(DType::Bf16));
+    small.into_iter().map(|(n, c)| case(n, c)).chain(large).chain(sums).chain(narrow).collect()
 }

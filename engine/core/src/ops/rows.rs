@@ -330,7 +330,9 @@ pub(super) fn cases() -> Vec<Case> {
         let index: Vec<i32> = (0..r).map(|i| i * i % (n + 1) - 1).collect();
         gather(format!("{r} of {n}x{c}, accumulated"), n as usize, c, &index).accumulating().large()
     });
-    small.into_iter().chain(large).chain(sums).collect()
+    let narrow: Vec<i32> = (0..301).map(|i| i * i % 38 - 1).collect();
+    let narrow = gather("sums in bf16".into(), 37, 136, &narrow).accumulating_in(DType::Bf16);
+    small.into_iter().chain(large).chain(sums).chain([narrow]).collect()
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use transfusion::{
     config::ModelConfig,
     engine::Program,
-    model::{self, Capacity, LossOptions},
+    model::{self, Capacity},
     programs::{self, Named},
     run::RunConfig,
 };
@@ -146,7 +146,7 @@ impl Training {
         let capacity = config.train.capacity(&config.model);
         Ok(Training {
             capacity,
-            loss: planned(&config.model, Program::Loss(capacity, LossOptions::TRAIN))?,
+            loss: planned(&config.model, Program::Loss(capacity, config.train.loss()))?,
             update: planned(&config.model, Program::Update(config.train.update()))?,
         })
     }

@@ -40,9 +40,17 @@ fn stored(s: Spec) -> Result<&'static str, String> {
 
 pub(super) fn adamw(h: &AdamW, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
     let states = outs.len();
-    singles("moments, gradients, master copies, schedule and scale", &ins[1..])?;
-    let variant = if states == 5 { "master_" } else { "" };
-    let entry = format!("adamw_step_{variant}{}", stored(ins[0])?);
+    singles("master copies, schedule and scale", &ins[4..])?;
+    let narrow = |s: Spec, name| Ok::<_, String>(if stored(s)? == "bf16" { name } else { "" });
+    let (moments, grad) = (narrow(ins[1], "moments_")?, narrow(ins[3], "grad_")?);
+    let master = if states == 5 { "master_" } else { "" };
+    let param = stored(ins[0])?;
+    if !(moments.is_empty() && grad.is_empty()) && (master.is_empty() || param != "bf16") {
+        return Err("moments and gradients in bf16 are those of bf16 weights with master copies; \
+                    use f32 for them, or the CPU device"
+            .into());
+    }
+    let entry = format!("adamw_step_{master}{moments}{grad}{param}");
     let count = size(ins[0].shape.numel())?;
     let mut args: Vec<Arg> = (0..states).map(Arg::output).collect();
     args.extend([Arg::input(states), Arg::input(states + 1), Arg::U32(count)]);

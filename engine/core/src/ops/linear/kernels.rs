@@ -1,9 +1,10 @@
-//! What `kernels-cu/linear.cu` and, for few rows, `linear_few.cu` are launched with.
+//! What `kernels-cu/linear.cu` and, for few rows, `linear_few.cu` are launched with; on Hopper `linear_wgmma.cu`.
 use super::super::prelude::*;
 use super::{Activation, Linear};
+use crate::launch::Geometry;
 
 /// The part of a product that one block makes, and what is known of the kernels that make it.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Tile {
     /// Rows and columns, as entries spell them.
     name: &'static str,
@@ -12,19 +13,63 @@ struct Tile {
     threads: u32,
     /// Dynamic shared memory, bytes.
     shared: u32,
-    /// Multiply-adds per time, against the best: how well it hides what is not a product.
+    /// Depth of one pipeline stage.
+    stage: u32,
+    /// Whether there is a kernel for a part of the depth.
+    splits: bool,
+    /// Whether operands come as tensor maps, and a block makes one tile after another.
+    maps: bool,
+    /// Multiply-adds per time, against the best of Ampere's on the same machine: how well it hides what is not a
+    /// product.
     rate: f64,
 }
 
-const TILES: [Tile; 3] = [
-    Tile { name: "128x256", rows: 128, columns: 256, threads: 256, shared: 96 << 10, rate: 1.0 },
-    Tile { name: "128x128", rows: 128, columns: 128, threads: 128, shared: 64 << 10, rate: 0.9 },
-    Tile { name: "64x64", rows: 64, columns: 64, threads: 128, shared: 32 << 10, rate: 0.5 },
-];
+/// Of Ampere and everything newer.
+const TILES: [Tile; 3] = {
+    let large = Tile {
+        name: "128x256",
+        rows: 128,
+        columns: 256,
+        threads: 256,
+        shared: 96 << 10,
+        stage: 32,
+        splits: false,
+        maps: false,
+        rate: 1.0,
+    };
+    let medium = Tile {
+        name: "128x128",
+        columns: 128,
+        threads: 128,
+        shared: 64 << 10,
+        splits: true,
+        rate: 0.9,
+        ..large
+    };
+    let small = Tile { name: "64x64", rows: 64, columns: 64, shared: 32 << 10, rate: 0.5, ..medium };
+    [large, medium, small]
+};
 /// The tiles that every pass has; the first lacks rare passes.
 const COMMON: &[Tile] = TILES.split_at(1).1;
-/// Depth of one pipeline stage.
-const STAGE: u32 = 32;
+/// Of Hopper, for every pass.
+const HOPPER: [Tile; 2] = {
+    let large = Tile {
+        name: "wgmma_128x256",
+        rows: 128,
+        columns: 256,
+        threads: 384,
+        shared: 217_152,
+        stage: BOX,
+        splits: true,
+        maps: true,
+        rate: 1.7,
+    };
+    [large, Tile { name: "wgmma_128x128", columns: 128, shared: 217_184, rate: 1.4, ..large }]
+};
+/// Elements of a row that a tensor map copies at once: as many as its swizzle spans, 128 bytes.
+const BOX: u32 = 64;
+/// Depth that passes while a pipeline fills.
+const FILL: u32 = 64;
 /// Most parts that the depth is split into, and the least depth of a part.
 const PARTS: u32 = 16;
 const PART_DEPTH: u32 = 128;
@@ -56,8 +101,8 @@ impl Product {
     fn time(&self, tile: &Tile, parts: u32, on: &Target) -> f64 {
         let rounds = f64::from((self.tiles(tile) * parts).div_ceil(on.sms));
         let area = f64::from(tile.rows * tile.columns);
-        // A stage is the least that a block works; filling the pipeline takes two more.
-        let depth = f64::from((self.depth.div_ceil(parts).div_ceil(STAGE) + 2) * STAGE);
+        // A stage is the least that a block works.
+        let depth = f64::from(self.depth.div_ceil(parts).next_multiple_of(tile.stage) + FILL);
         let sum = match parts {
             1 => 0.0,
             _ => {
@@ -75,12 +120,15 @@ impl Product {
         parts: u32,
         on: &Target,
     ) -> Result<(&'static Tile, u32), String> {
-        let most = |tile: &Tile| match tile.name {
-            "128x256" => 1,
-            _ => parts.min(self.depth / PART_DEPTH).max(1),
+        let most = |tile: &Tile| match tile.splits {
+            false => 1,
+            true => parts.min(self.depth / PART_DEPTH).max(1),
         };
+        // A tensor map is never empty.
+        let hopper = if on.arch == Target::H200.arch && self.depth > 0 { &HOPPER[..] } else { &[] };
         tiles
             .iter()
+            .chain(hopper)
             .filter(|tile| tile.shared <= on.shared)
             .flat_map(|tile| (1..=most(tile)).map(move |parts| (tile, parts)))
             .min_by(|a, b| self.time(a.0, a.1, on).total_cmp(&self.time(b.0, b.1, on)))
@@ -88,6 +136,42 @@ impl Product {
                 "{} has too little shared memory for matrix products; use the CPU device",
                 on.name
             ))
+    }
+
+    /// The blocks that make all tiles of so many parts.
+    fn grid(&self, tile: &Tile, parts: u32, on: &Target) -> [u32; 3] {
+        match tile.maps {
+            true => [(self.tiles(tile) * parts).min(on.sms), 1, 1],
+            false => [self.tiles(tile), parts, 1],
+        }
+    }
+
+    /// The left factor, as kernels of this tile take it: rows that run along the depth or across it.
+    fn left(&self, of: &Arg, along: bool, tile: &Tile) -> Arg {
+        self.factor(of, self.rows, along, tile, tile.rows)
+    }
+
+    /// The right factor, likewise.
+    fn right(&self, of: &Arg, along: bool, tile: &Tile) -> Arg {
+        self.factor(of, self.columns, along, tile, tile.columns)
+    }
+
+    fn factor(&self, of: &Arg, vectors: u32, along: bool, tile: &Tile, each: u32) -> Arg {
+        let &Arg::Address(operand, offset) = of else { return of.clone() };
+        if !tile.maps {
+            return of.clone();
+        }
+        let (row, rows, height) =
+            if along { (self.depth, vectors, each) } else { (vectors, self.depth, tile.stage) };
+        let geometry = Geometry {
+            offset,
+            element: 2,
+            extents: vec![row.into(), rows.into()],
+            strides: vec![u64::from(row) * 2],
+            tile: vec![BOX, height],
+            swizzle: 128,
+        };
+        Arg::Map(operand, geometry)
     }
 
     /// No launch where there is nothing to make.
@@ -127,9 +211,8 @@ const FEW_COLUMNS: u32 = 8;
 impl Forward {
     fn launches(&self, product: Product, on: &Target) -> Result<Vec<Launch>, String> {
         // Operands that are not there are named all the same, and not read.
-        let bias = self.bias.as_ref().unwrap_or(&self.w);
-        let residual = self.residual.as_ref().unwrap_or(&self.x);
-        let reads = [&self.x, &self.w, bias, residual].map(Arg::clone);
+        let bias = self.bias.as_ref().unwrap_or(&self.w).clone();
+        let residual = self.residual.as_ref().unwrap_or(&self.x).clone();
         let sizes = [product.rows, product.columns, product.depth].map(Arg::U32);
         let flags = [self.bias.is_some(), self.residual.is_some()].map(|has| Arg::U32(has.into()));
         let launch = match FEW.iter().find(|&&rows| product.rows <= rows) {
@@ -140,8 +223,8 @@ impl Forward {
                     Activation::Silu => 1,
                     Activation::SwiGlu => 2,
                 };
-                let writes = [self.y.clone(), pre].into_iter();
-                let args = writes.chain(reads).chain(sizes).chain([Arg::U32(activation)]).chain(flags);
+                let operands = [self.y.clone(), pre, self.x.clone(), self.w.clone(), bias, residual];
+                let args = operands.into_iter().chain(sizes).chain([Arg::U32(activation)]).chain(flags);
                 let grid = [product.columns.div_ceil(FEW_COLUMNS), 1, 1];
                 Launch::kernel(format!("linear_fwd_few_{rows}_bf16"), grid, 64, 0, args.collect())
             }
@@ -153,9 +236,11 @@ impl Forward {
                 };
                 let (tile, _) = product.choose(tiles, 1, on)?;
                 let writes = [Some(self.y.clone()), self.pre.clone()].into_iter().flatten();
+                let factors = [product.left(&self.x, true, tile), product.right(&self.w, true, tile)];
+                let reads = factors.into_iter().chain([bias, residual]);
                 let args = writes.chain(reads).chain(sizes).chain(flags).collect();
                 let entry = format!("linear_fwd_{variant}{}_bf16", tile.name);
-                Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args)
+                Launch::kernel(entry, product.grid(tile, 1, on), tile.threads, tile.shared, args)
             }
         };
         Ok(product.launches(vec![launch]))
@@ -208,9 +293,10 @@ pub(in crate::ops) fn input_gradient(
     let product = Product::new(e.n, e.k, e.m)?;
     let (tile, _) = product.choose(&TILES, 1, on)?;
     let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
-    let args = [dx, dy, w].into_iter().chain(sizes).collect();
+    let factors = [product.left(&dy, true, tile), product.right(&w, false, tile)];
+    let args = [dx].into_iter().chain(factors).chain(sizes).collect();
     let entry = format!("linear_dx_{}_bf16", tile.name);
-    let launch = Launch::kernel(entry, [product.tiles(tile), 1, 1], tile.threads, tile.shared, args);
+    let launch = Launch::kernel(entry, product.grid(tile, 1, on), tile.threads, tile.shared, args);
     Ok(product.launches(vec![launch]))
 }
 
@@ -241,16 +327,16 @@ pub(in crate::ops) fn weight_gradient(
     let (tile, parts) = product.choose(&TILES, PARTS, on)?;
     let sizes = [Arg::U32(product.depth), Arg::U32(product.rows), Arg::U32(product.columns)];
     let kernel = |entry: String, parts: u32, to: &Arg, last: Arg| {
-        let args =
-            [to.clone(), dy.clone(), x.clone()].into_iter().chain(sizes.clone()).chain([last]).collect();
-        Launch::kernel(entry, [product.tiles(tile), parts, 1], tile.threads, tile.shared, args)
+        let operands = [to.clone(), product.left(&dy, false, tile), product.right(&x, false, tile)];
+        let args = operands.into_iter().chain(sizes.clone()).chain([last]).collect();
+        Launch::kernel(entry, product.grid(tile, parts, on), tile.threads, tile.shared, args)
     };
     if parts == 1 {
         let entry = format!("linear_dw_{}_{}", tile.name, dw.dtype.name());
         let launch = kernel(entry, 1, &dw.to, Arg::U32(dw.accumulate.into()));
         return Ok((0, product.launches(vec![launch])));
     }
-    let depth = product.depth.div_ceil(parts).next_multiple_of(STAGE);
+    let depth = product.depth.div_ceil(parts).next_multiple_of(tile.stage);
     let parts = product.depth.div_ceil(depth);
     let entry = format!("linear_dw_split_{}_f32", tile.name);
     let split = kernel(entry, parts, &dw.parts, Arg::U32(depth));
@@ -292,6 +378,7 @@ pub(super) fn backward_weight(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::Operand;
 
     fn spec<const N: usize>(dims: [usize; N]) -> Spec {
         Spec::new(dims, DType::Bf16)
@@ -314,7 +401,7 @@ mod tests {
 
     #[test]
     fn large_products_take_large_tiles() {
-        let on = Target::H200;
+        let on = Target::A100;
         let k = forward(&PLAIN, &[spec([8192, 8192]), spec([8192, 8192])], &on).unwrap();
         assert_eq!(launches(&k), [("linear_fwd_128x256_bf16", [2048, 1, 1])]);
         let k = forward(&PLAIN, &[spec([100, 64]), spec([136, 64])], &on).unwrap();
@@ -322,6 +409,49 @@ mod tests {
         let poor = Target { shared: 64 << 10, ..on };
         let k = forward(&PLAIN, &[spec([8192, 8192]), spec([8192, 8192])], &poor).unwrap();
         assert_eq!(launches(&k), [("linear_fwd_128x128_bf16", [4096, 1, 1])]);
+    }
+
+    #[test]
+    fn hopper_walks_over_tiles_that_copy_themselves() {
+        let on = Target::H200;
+        let k = forward(&PLAIN, &[spec([8192, 2048]), spec([4096, 2048])], &on).unwrap();
+        assert_eq!(launches(&k), [("linear_fwd_wgmma_128x256_bf16", [132, 1, 1])]);
+        let Launch::Kernel { args, .. } = &k.launches[0] else { panic!("{k:?}") };
+        let map = |rows, height| Geometry {
+            offset: 0,
+            element: 2,
+            extents: vec![2048, rows],
+            strides: vec![4096],
+            tile: vec![64, height],
+            swizzle: 128,
+        };
+        let maps = [(0, map(8192, 128)), (1, map(4096, 256))].map(|(i, g)| Arg::Map(Operand::In(i), g));
+        assert_eq!(args[1..3], maps);
+        // Ampere's kernels where there is no depth, no room, or too little work.
+        let entry = |n, k, on: &Target| {
+            let k = forward(&PLAIN, &[spec([n, k]), spec([4096, k])], on).unwrap();
+            launches(&k)[0].0.to_string()
+        };
+        assert_eq!(entry(8192, 0, &on), "linear_fwd_128x256_bf16");
+        assert_eq!(entry(8192, 2048, &Target { shared: 96 << 10, ..on }), "linear_fwd_128x256_bf16");
+        assert_eq!(entry(16, 64, &on), "linear_fwd_64x64_bf16");
+    }
+
+    #[test]
+    fn operands_across_the_depth_are_copied_row_by_row() {
+        let (n, k, m) = (4096, 2048, 8192);
+        let e = || Extents { n, k, m };
+        let [dx, dy, w] = [Arg::output(0), Arg::Address(Operand::In(0), 32), Arg::input(1)];
+        let launches = input_gradient(dx, dy, w, e(), &Target::H200).unwrap();
+        let Launch::Kernel { args, .. } = &launches[0] else { panic!("{launches:?}") };
+        let boxes: Vec<_> = args
+            .iter()
+            .filter_map(|a| match a {
+                Arg::Map(_, g) => Some((g.offset, g.extents.clone(), g.tile.clone())),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(boxes, [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 64])]);
     }
 
     #[test]
@@ -344,10 +474,16 @@ mod tests {
     fn weight_gradients_of_many_rows_are_split() {
         let ins = [spec([65536, 768]), spec([65536, 768])];
         let dw = Spec::new([768, 768], DType::F32);
-        let k = backward_weight(&ins, &[dw], true, &Target::H200).unwrap();
+        let k = backward_weight(&ins, &[dw], true, &Target::A100).unwrap();
         let [(split, [36, parts, 1]), ("linear_dw_sum_f32", sum)] = launches(&k)[..] else { panic!("{k:?}") };
         assert_eq!((split, sum), ("linear_dw_split_128x128_f32", [576, 1, 1]));
         assert!(parts >= 3 && k.scratch == [parts as usize * 768 * 768 * 4], "{k:?}");
+        let k = backward_weight(&ins, &[dw], true, &Target::H200).unwrap();
+        let [("linear_dw_split_wgmma_128x256_f32", blocks), ("linear_dw_sum_f32", _)] = launches(&k)[..]
+        else {
+            panic!("{k:?}")
+        };
+        assert!(blocks[0] <= 132 && blocks[0] > 100 && blocks[1] == 1, "{k:?}");
         let few = [spec([100, 768]), spec([100, 768])];
         assert_eq!(backward_weight(&few, &[dw], true, &Target::H200).unwrap().launches.len(), 1);
     }
@@ -355,7 +491,7 @@ mod tests {
     #[test]
     fn parts_cover_the_depth() {
         for n in [1000, 4097, 65536] {
-            let k = backward_weight(&[spec([n, 64]), spec([n, 64])], &[spec([64, 64])], false, &Target::H200);
+            let k = backward_weight(&[spec([n, 64]), spec([n, 64])], &[spec([64, 64])], false, &Target::A100);
             let k = k.unwrap();
             let Launch::Kernel { grid, args, .. } = &k.launches[0] else { panic!("{k:?}") };
             let Some(Arg::U32(depth)) = args.last() else { panic!("{k:?}") };

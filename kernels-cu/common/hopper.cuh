@@ -1,0 +1,129 @@
+// What Hopper has beyond Ampere: barriers that count arrivals and bytes, tiles that copy themselves, products of four
+// warps on shared memory. The section is that of the PTX ISA manual.
+#pragma once
+#include "ptx.cuh"
+
+// How a matrix lies in global memory, for copies of its tiles. The host makes it.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+// Fetches what a tensor map says, ahead of its first copy.   9.7.9.15 prefetch.tensormap
+INLINE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+// A barrier in shared memory, 8 bytes, whose phase ends with so many arrivals and all bytes that were announced.
+// 9.7.13.15.9 mbarrier.init
+INLINE void init_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Shows initialised barriers to copies; other threads need a barrier of the block besides.   9.7.13.4 fence
+INLINE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// 9.7.13.15.13 mbarrier.arrive
+INLINE void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and announces bytes that copies will bring in this phase.   9.7.13.15.13 mbarrier.arrive.expect_tx
+INLINE void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Waits until the phase of this parity has ended; that before the first has parity 1.
+// 9.7.13.15.16 mbarrier.try_wait
+INLINE void wait_phase(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred done;\n"
+                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, done;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
+// Begins to copy the box of a map at (column, row) to shared memory; its bytes count at the barrier, those beyond
+// the matrix arrive as zeros.   9.7.9.27.1.2 cp.async.bulk.tensor
+INLINE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row)
+                 : "memory");
+}
+
+// Gives registers back, or takes them: a thread has `COUNT` then. All warps of a warpgroup call it.
+// 9.7.19.5 setmaxnreg
+template <int COUNT>
+INLINE void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+INLINE void claim_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// A matrix in shared memory for `multiply_add`: rows of 128 bytes under the swizzle of 128, 8 of them to 1024 bytes.
+// Where rows run across the depth, `next` bytes lie between blocks of 64 vectors.   9.7.15.5.1.2.2 matrix descriptor
+INLINE u64 matrix_at(u32 address, u32 next) {
+    return u64(address >> 4) | u64(next >> 4) << 16 | u64(1024 >> 4) << 32 | 1ull << 62;
+}
+
+// Before the first product of a warpgroup, and after other writes to its registers.   9.7.15.7.1 wgmma.fence
+INLINE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes the group of products begun since the last call.   9.7.15.7.2 wgmma.commit_group
+INLINE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `LEFT` groups are under way.   9.7.15.7.3 wgmma.wait_group
+template <int LEFT>
+INLINE void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Begins c = a b + (keep ? c : 0) for 64 rows of a and the columns of c, at a depth of 16. ALONG: rows of memory run
+// along the depth, else across it. Of c, warp w has rows 16 w and on, laid out as by mma.m16n8k16; it must not be
+// touched before the wait.   9.7.15.5.2 wgmma.mma_async
+#define SUM(i) "+f"(c[(i) / 16][(i) / 4 % 4][(i) % 4])
+#define SUMS4(i) SUM(i), SUM(i + 1), SUM(i + 2), SUM(i + 3)
+#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
+#define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
+
+template <bool A_ALONG, bool B_ALONG>
+INLINE void multiply_add(float (&c)[4][4][4], u64 a, u64 b, bool keep) {
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                 "}, %64, %65, keep, 1, 1, %67, %68;\n}"
+                 : SUMS64(0)
+                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
+                 : "memory");
+}
+
+template <bool A_ALONG, bool B_ALONG>
+INLINE void multiply_add(float (&c)[8][4][4], u64 a, u64 b, bool keep) {
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %130, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "
+                 "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "
+                 "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "
+                 "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+                 "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+                 "}, %128, %129, keep, 1, 1, %131, %132;\n}"
+                 : SUMS64(0), SUMS64(64)
+                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
+                 : "memory");
+}
+
+#undef SUM
+#undef SUMS4
+#undef SUMS16
+#undef SUMS64
