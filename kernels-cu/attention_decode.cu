@@ -18,7 +18,7 @@
 // Needs   D of 32, 64 or 128; strides multiples of 8; operands as in attention.cu.
 // Rounds  once, on store of o; everything else in f32, fixed order (deterministic).
 #include "common/interval.cuh"
-#include "common/pack.cuh"
+#include "common/parts.cuh"
 #include "common/reduce.cuh"
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
@@ -109,10 +109,7 @@ INLINE void decode(float* parts, float2* stats, const bf16* q, const bf16* k, co
     for (int r = 0; r < ROWS; r++) {
 #pragma unroll
         for (int offset = LANES; offset < 32; offset *= 2) running[r].join(offset, scale * LOG2_E);
-        if (lane < LANES) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) sums[warp][r][column + e] = running[r].sum[e];
-        }
+        if (lane < LANES) store_sums(&sums[warp][r][column], running[r].sum);
         if (lane == 0) tops[warp][r] = running[r].top, totals[warp][r] = running[r].total;
     }
     __syncthreads();

@@ -1,54 +1,68 @@
 // New keys or values enter a cache.
 //   cache[slots[b], positions[b,t], w] = src[b, t, at + w]     w < W
-// A slot outside 0..S or a position outside 0..P is unused. A warp takes a row b, t; of rows that meet in one place
-// the last one writes, so each row looks whether one behind it goes there too.
+// A slot outside 0..S or a position outside 0..P is unused. Of rows that meet in one place the last one writes, so a
+// row looks whether one behind it goes there too: a warp takes up to four rows b, t .. t + 3, which look together.
 //
-// entry                   grid             block  shared  arguments                                       bytes
-// cache_append_rows_bf16  min(BT/8,4*sms)  256    0       cache | src slots positions | B T S P W C at |  4BTW
-// cache_append_rows_f32   min(BT/8,4*sms)  256    0       cache | src slots positions | B T S P W C at |  8BTW
+// entry                   grid               block  shared  arguments                                       bytes
+// cache_append_rows_bf16  min(BT/4/8,4*sms)  256    0       cache | src slots positions | B T S P W C at |  4BTW
+// cache_append_rows_f32   min(BT/4/8,4*sms)  256    0       cache | src slots positions | B T S P W C at |  8BTW
 //
 // Needs   tensors 16-byte aligned; any sizes. C is the width of a row of src.
 #include "common/pack.cuh"
 
 constexpr int THREADS = 256;
+// Rows of a warp.
+constexpr u32 TOGETHER = 4;
 
-struct Places {
-    const int *slots, *positions;
-    u32 batch, steps, capacity;
-
-    // Whether a row behind (b, t) goes to the same place. All lanes of a warp ask together.
-    INLINE bool replaced(u32 b, u32 t, int slot, int position) const {
-        const u32 lane = threadIdx.x % 32;
-        // Rows of the same batch row, then of those behind it that share its slot.
-        for (u32 other = b; other < batch; other++) {
-            if (slots[other] != slot) continue;
-            for (u32 from = other == b ? t + 1 : 0; from < steps; from += 32) {
-                const bool same = from + lane < steps && positions[other * steps + from + lane] == position;
-                if (__any_sync(0xffffffffu, same)) return true;
-            }
+// Which of the rows b, t .. are replaced: bit k is set where a row behind b, t + k goes to the same place. All lanes of a
+// warp ask together.
+INLINE u32 replaced(const int* slots, const int* positions, u32 batch, u32 steps, u32 b, u32 t, int slot,
+                    const int (&own)[TOGETHER]) {
+    const u32 lane = threadIdx.x % 32;
+    u32 found = 0;
+    const auto look = [&](u32 other, u32 begin) {
+        for (u32 s = begin + lane; s - lane < steps; s += 32) {
+            const int position = s < steps ? positions[other * steps + s] : -1;
+#pragma unroll
+            for (u32 k = 0; k < TOGETHER; k++)
+                if (__any_sync(0xffffffffu, position == own[k] && (other != b || s > t + k))) found |= 1u << k;
         }
-        return false;
+    };
+    look(b, t + 1);
+    // Batch rows behind it that share its slot.
+    for (u32 other = b + 1; other < batch; other += 32) {
+        u32 alike = __ballot_sync(0xffffffffu, other + lane < batch && slots[other + lane] == slot);
+        for (; alike != 0; alike &= alike - 1) look(other + __popc((alike & (0u - alike)) - 1), 0);
     }
-};
+    return found;
+}
 
 template <typename T>
 INLINE void append(T* cache, const T* src, const int* slots, const int* positions, u32 batch, u32 steps, u32 count,
                    u32 capacity, u32 width, u32 columns, u32 column) {
-    const Places places{slots, positions, batch, steps, capacity};
-    const u32 lane = threadIdx.x % 32, warps = gridDim.x * (THREADS / 32);
+    const u32 lane = threadIdx.x % 32, warps = gridDim.x * (THREADS / 32), each = (steps + TOGETHER - 1) / TOGETHER;
     constexpr u32 VECTOR = 16 / sizeof(T);
     const bool vectors = (width | columns | column) % VECTOR == 0;
-    for (u32 n = (blockIdx.x * THREADS + threadIdx.x) / 32; n < batch * steps; n += warps) {
-        const int slot = slots[n / steps], position = positions[n];
+    for (u32 n = (blockIdx.x * THREADS + threadIdx.x) / 32; n < batch * each; n += warps) {
+        const u32 b = n / each, t = n % each * TOGETHER;
+        const int slot = slots[b];
         // As unsigned, what is negative lies outside.
-        if (u32(slot) >= count || u32(position) >= capacity) continue;
-        if (places.replaced(n / steps, n % steps, slot, position)) continue;
-        const T* from = src + u64(n) * columns + column;
-        T* to = cache + (u64(slot) * capacity + position) * width;
-        if (vectors) {
-            for (u32 c = lane * VECTOR; c < width; c += 32 * VECTOR) store16(to + c, load16(from + c));
-        } else {
-            for (u32 c = lane; c < width; c += 32) to[c] = from[c];
+        if (u32(slot) >= count) continue;
+        const int mine = lane < min(TOGETHER, steps - t) ? positions[b * steps + t + lane] : -1;
+        int own[TOGETHER];
+#pragma unroll
+        for (u32 k = 0; k < TOGETHER; k++) own[k] = __shfl_sync(0xffffffffu, mine, k);
+        const u32 gone = replaced(slots, positions, batch, steps, b, t, slot, own);
+#pragma unroll
+        for (u32 k = 0; k < TOGETHER; k++) {
+            if (u32(own[k]) >= capacity || (gone >> k & 1) != 0) continue;
+            const T* from = src + (u64(b) * steps + t + k) * columns + column;
+            T* to = cache + (u64(slot) * capacity + own[k]) * width;
+            if (vectors) {
+                for (u32 c = lane * VECTOR; c < width; c += 32 * VECTOR) store16(to + c, load16(from + c));
+            } else {
+                for (u32 c = lane; c < width; c += 32) to[c] = from[c];
+            }
         }
     }
 }

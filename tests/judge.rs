@@ -237,7 +237,7 @@ fn tables(stem: &str) -> Vec<&str> {
 /// What a case asks of its op and the gradient, on every storage type that there are kernels for.
 fn applications(case: &Case) -> Vec<(String, Application)> {
     let own = |a: &Application| !matches!(a.plan(Some(&TARGETS[0])), Err(Error::NoKernel { .. }));
-    let of = |float| agreement::applications(case, float, &mut agreement::cpu().unwrap()).unwrap();
+    let of = |float| agreement::applications(case, float, &mut agreement::cpu(1).unwrap()).unwrap();
     let all = [DType::Bf16, DType::F32].into_iter().flat_map(of).filter(own);
     all.map(|application| (format!("{case:?}"), application)).collect()
 }
@@ -246,7 +246,7 @@ fn applications(case: &Case) -> Vec<(String, Application)> {
 fn question((case, application): (String, Application), stem: &str, on: &[Target]) -> Option<Question> {
     let targets = targets(&application, arch(stem), on);
     let ask = |targets| {
-        let expected = application.expected().unwrap();
+        let expected = application.expected(&mut agreement::cpu(1).unwrap()).unwrap();
         Question { case, application, expected, targets }
     };
     (!targets.is_empty()).then_some(targets).map(ask)

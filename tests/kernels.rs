@@ -107,7 +107,7 @@ fn attention_keeps() {
 fn norm(rows: usize) -> Application {
     let case = Case::new("rmsnorm", "", |g, x| vec![g.rmsnorm(x[0], x[1], 1e-5)]);
     let case = case.normal([rows, 8]).normal([8]).without_gradient();
-    let all = agreement::applications(&case, DType::Bf16, &mut agreement::cpu().unwrap()).unwrap();
+    let all = agreement::applications(&case, DType::Bf16, &mut agreement::cpu(1).unwrap()).unwrap();
     all.into_iter().find(|a| a.op.name() == "rmsnorm").unwrap()
 }
 
@@ -121,7 +121,7 @@ fn results_without_bytes_are_fetched() {
     let empty = norm(0);
     let results = empty.run(&mut simulator(Target::A100, 0, &[])).unwrap();
     assert!(results.iter().all(|r| r.view().is_empty()), "{results:?}");
-    assert_eq!(results.len(), empty.run(&mut agreement::cpu().unwrap()).unwrap().len());
+    assert_eq!(results.len(), empty.run(&mut agreement::cpu(1).unwrap()).unwrap().len());
 }
 
 /// What the device says of a kernel whose threads 0 to 15 each do this with %y, %r and %x, which point to

@@ -1,6 +1,6 @@
 //! The rungs of `kernels-cu/ladder`: held as the real kernels are, and counted as its README says.
 use std::{collections::BTreeSet, fs, sync::Arc};
-use transfusion_core::{Error, tensor::Host};
+use transfusion_core::{Error, agreement, tensor::Host};
 use transfusion_ptx::Module;
 use transfusion_ptxsim::SimDevice;
 use transfusion_tests::{
@@ -17,7 +17,8 @@ const CASES: usize = 10;
 /// What is wrong with the rungs of an op.
 fn climb(op: &str) {
     let applications = rungs::applications(op, FLOPS);
-    let expected: Vec<_> = applications.iter().map(|a| a.expected().unwrap()).collect();
+    let mut cpu = agreement::cpu(1).unwrap();
+    let expected: Vec<_> = applications.iter().map(|a| a.expected(&mut cpu).unwrap()).collect();
     let secrets = judge::secrets(op);
     let mut faults = vec![];
     for rung in Rung::of(op).into_iter().map(Arc::new) {

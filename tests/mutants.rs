@@ -118,7 +118,9 @@ fn mutants_fail_a_test() {
             _ => {}
         }
     }
-    assert!(killed * 100 >= compiled * 95, "{killed} of {compiled} are killed");
+    if wanted.is_empty() {
+        assert!(killed * 100 >= compiled * 95, "{killed} of {compiled} are killed");
+    }
 }
 
 /// Tries all, two at a time.

@@ -300,7 +300,7 @@ pub fn applications(op: &str, flops: u64) -> Vec<Application> {
 
 /// The op of a case, applied.
 fn forward(case: &Case, float: DType) -> Application {
-    let all = agreement::applications(case, float, &mut agreement::cpu().unwrap()).unwrap();
+    let all = agreement::applications(case, float, &mut agreement::cpu(1).unwrap()).unwrap();
     all.into_iter().find(|a| a.op.name() == case.op).unwrap()
 }
 

@@ -101,7 +101,7 @@ pub fn distinct(config: &RunConfig, packing: Packing) -> Result<Vec<Distinct>> {
 
 /// The ops of a program, with the numbers that they meet in a scene of it.
 fn met(program: &'static str, scene: Scene, wanted: Vec<(String, u64)>) -> Result<Vec<Distinct>> {
-    let mut cpu = agreement::cpu()?;
+    let mut cpu = agreement::cpu(1)?;
     let mut walk = Walk::new(&scene.graph, plan::steps(&scene.graph)?, scene.given);
     let mut found: HashMap<String, Application> = HashMap::new();
     while let Some(application) = walk.step(&mut cpu)? {
@@ -383,7 +383,7 @@ impl Ops<'_> {
         let (a, name) = (&d.application, d.application.op.name());
         let floats = self.floats(a);
         let foreign = self.checked && device.target().is_some();
-        let results = if foreign || peer.is_some() { a.run(&mut agreement::cpu()?)? } else { vec![] };
+        let results = if foreign || peer.is_some() { a.run(&mut agreement::cpu(1)?)? } else { vec![] };
         if foreign {
             self.check(a, &results, device)?;
         }

@@ -65,7 +65,7 @@ fn all(width: usize) -> Vec<Attended> {
 impl Attended {
     fn secrets(self) -> Vec<Secret> {
         let case = self.case();
-        let all = agreement::applications(&case, DType::Bf16, &mut agreement::cpu().unwrap()).unwrap();
+        let all = agreement::applications(&case, DType::Bf16, &mut agreement::cpu(1).unwrap()).unwrap();
         let own = all.into_iter().filter(|a| a.op.name().starts_with("attention"));
         own.map(|application| Secret {
             case: format!("{case:?}"),

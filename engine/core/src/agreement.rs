@@ -108,10 +108,12 @@ pub struct Walk<'g> {
 }
 
 impl<'g> Walk<'g> {
-    /// A walk over these nodes of a program, in order, from the contents of its inputs and states.
-    pub fn new(g: &'g Graph, nodes: Vec<&'g Node>, given: HashMap<Tensor, Host>) -> Walk<'g> {
+    /// A walk over these nodes of a program, in order, from the contents of its inputs and states. What no node
+    /// reads is let go at once.
+    pub fn new(g: &'g Graph, nodes: Vec<&'g Node>, mut given: HashMap<Tensor, Host>) -> Walk<'g> {
         let mut wanted = HashMap::new();
         nodes.iter().flat_map(|n| &n.ins).for_each(|t| *wanted.entry(*t).or_default() += 1);
+        given.retain(|t, _| wanted.contains_key(t));
         Walk { g, nodes: nodes.into_iter(), values: given, wanted }
     }
 
@@ -136,7 +138,7 @@ impl<'g> Walk<'g> {
         let specs = node.ins.iter().map(|&t| self.g.spec(t)).collect();
         let application = Application { op: node.op.clone(), specs, ins };
         let outs = match application.run(device) {
-            Err(Error::NoKernel { .. }) => application.run(&mut cpu()?)?,
+            Err(Error::NoKernel { .. }) => application.run(&mut cpu(1)?)?,
             other => other?,
         };
         let wanted = node.outs.iter().copied().zip(outs).filter(|(t, _)| self.wanted.contains_key(t));
@@ -172,28 +174,27 @@ fn given(case: &Case, float: DType, g: &Graph) -> HashMap<Tensor, Host> {
     values
 }
 
-/// A CPU that shows reads of what nothing wrote.
+/// A CPU of so many threads (0: one for each core) that shows reads of what nothing wrote.
 ///
 /// # Errors
-/// If its thread cannot be started.
-pub fn cpu() -> Result<CpuDevice> {
-    CpuDevice::new(CpuOptions { threads: 1, poison: true })
+/// If they cannot be started.
+pub fn cpu(threads: usize) -> Result<CpuDevice> {
+    CpuDevice::new(CpuOptions { threads, poison: true })
 }
 
 impl Application {
-    /// What it should yield, by the CPU.
+    /// What it should yield, by a CPU.
     ///
     /// # Errors
     /// If the op refuses the operands.
-    pub fn expected(&self) -> Result<Expected> {
+    pub fn expected(&self, cpu: &mut CpuDevice) -> Result<Expected> {
         let (g, outs) = self.graph();
         g.check()?;
-        let mut cpu = cpu()?;
-        let wide = self.widened(DType::F64).run(&mut cpu);
-        let wide = wide.or_else(|_| self.widened(DType::F32).run(&mut cpu))?;
+        let wide = self.widened(DType::F64).run(cpu);
+        let wide = wide.or_else(|_| self.widened(DType::F32).run(cpu))?;
         let plain = match self.op.plain(&self.specs, &self.ins) {
             Some(plain) => plain,
-            None => self.run(&mut cpu)?,
+            None => self.run(cpu)?,
         };
         Ok(Expected {
             outs: outs.iter().map(|&t| g.spec(t)).collect(),
@@ -304,7 +305,7 @@ pub fn then_added(op: impl Op + 'static, specs: &[Spec], ins: &[Host], result: u
         return None;
     }
     let parts = Application { op: Arc::new(op), specs: specs.into(), ins: ins.into() };
-    let mut results = parts.run(&mut cpu().ok()?).ok()?;
+    let mut results = parts.run(&mut cpu(1).ok()?).ok()?;
     let delta = results.get(result)?.to_f64();
     results[result] = Host::from_f64(DType::F32, sum.to_f64().iter().zip(&delta).map(|(a, b)| a + b));
     Some(results)
@@ -393,14 +394,15 @@ mod tests {
     /// Every application of the cases that the CPU checks.
     fn all(float: DType) -> Vec<Application> {
         let cases = crate::cases::all();
-        let of = |case: &Case| applications(case, float, &mut cpu().unwrap()).unwrap();
+        let of = |case: &Case| applications(case, float, &mut cpu(1).unwrap()).unwrap();
         cases.iter().filter(|c| !c.large).flat_map(of).collect()
     }
 
     #[test]
     fn plain_results_are_rough_but_right() {
+        let mut cpu = cpu(1).unwrap();
         for a in all(DType::Bf16) {
-            let expected = a.expected().unwrap();
+            let expected = a.expected(&mut cpu).unwrap();
             for (plain, want) in expected.plain.iter().zip(&expected.yardstick) {
                 let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
                 let size = norm(&mut want.iter().copied().filter(|x| x.is_finite()));
@@ -423,9 +425,10 @@ mod tests {
 
     #[test]
     fn the_cpu_agrees_with_itself() {
+        let mut cpu = cpu(1).unwrap();
         for a in [DType::F32, DType::Bf16].into_iter().flat_map(all) {
-            let have = a.run(&mut cpu().unwrap()).unwrap();
-            for w in a.expected().unwrap().compare(&have) {
+            let have = a.run(&mut cpu).unwrap();
+            for w in a.expected(&mut cpu).unwrap().compare(&have) {
                 assert!(w.holds(), "{a}: {w}");
             }
         }

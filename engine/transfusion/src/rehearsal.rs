@@ -10,7 +10,7 @@ use crate::{
     diffusion::{self, Evaluation, Sampler},
     engine::{Engine, Program, cpu},
     error::{Error, Result},
-    model::{Extend, ImagePass},
+    model::{Extend, ImagePass, LossOptions},
     programs::{self, Named},
     run::{DataOptions, RunConfig, geometry},
     train::{Trainer, feed, seed_words},
@@ -36,7 +36,7 @@ const CAPTIONS: u64 = 256;
 /// A program with the numbers that it reads.
 #[derive(Debug)]
 pub struct Scene {
-    /// `loss`, `update`, `prefill`, `decode`, `commit`, `denoise`.
+    /// `loss`, `update`, `eval`, `prefill`, `decode`, `commit`, `denoise`.
     pub name: &'static str,
     /// The program.
     pub graph: Graph,
@@ -50,23 +50,14 @@ pub struct Scene {
 /// # Errors
 /// If the configuration makes no sense, no document fits into a row, or memory is short.
 pub fn training_step(config: &RunConfig, packing: Packing, seed: u64) -> Result<[Scene; 2]> {
-    let data = DataOptions { paths: vec!["shapes".into()], ..config.data.clone() };
-    match packing {
-        Packing::Shapes => RunConfig { data, ..config.clone() }.check()?,
-        Packing::Equal(_) => config.model.check()?,
-    }
+    packing.check(config)?;
     let train = config.train.clone();
     let engine = Engine::initialised(config.model.clone(), cpu(0)?, seed)?;
     let trainer = Trainer::new(engine, train.clone())?;
     let (capacity, mut engine) = (trainer.capacity(), trainer.into_engine());
-    let batch = batch(config, packing, seed)?;
     let loss = Program::Loss(capacity, train.loss());
+    let before = on_batch(&mut engine, "loss", loss, &batch(config, packing, seed)?, seed)?;
     let plan = engine.open(loss)?;
-    feed(&mut engine, plan, &batch, [batch.text_count, batch.image_count])?;
-    if config.model.image().is_some() {
-        engine.ints(plan, "seed", &seed_words(seed))?;
-    }
-    let before = scene(&mut engine, "loss", loss)?;
     engine.run(plan)?;
     let update = Program::Update(train.update());
     let plan = engine.open(update)?;
@@ -75,6 +66,33 @@ pub fn training_step(config: &RunConfig, packing: Packing, seed: u64) -> Result<
         engine.floats(plan, "ema_decay", &[train.ema as f32])?;
     }
     Ok([before, scene(&mut engine, "update", update)?])
+}
+
+/// The loss alone, of the same model on the same micro-batch.
+///
+/// # Errors
+/// As [`training_step`].
+pub fn evaluation(config: &RunConfig, packing: Packing, seed: u64) -> Result<Scene> {
+    packing.check(config)?;
+    let mut engine = Engine::initialised(config.model.clone(), cpu(0)?, seed)?;
+    let loss = Program::Loss(config.train.capacity(&config.model), LossOptions::EVAL);
+    on_batch(&mut engine, "eval", loss, &batch(config, packing, seed)?, seed)
+}
+
+/// A loss about to run on a micro-batch.
+fn on_batch(
+    engine: &mut Engine,
+    name: &'static str,
+    loss: Program,
+    batch: &Batch,
+    seed: u64,
+) -> Result<Scene> {
+    let plan = engine.open(loss)?;
+    feed(engine, plan, batch, [batch.text_count, batch.image_count])?;
+    if engine.config().image().is_some() {
+        engine.ints(plan, "seed", &seed_words(seed))?;
+    }
+    scene(engine, name, loss)
 }
 
 /// What sampling replays, on sequences of a fresh model under `seed`. It is run on the CPU, with all its memory.
@@ -303,6 +321,16 @@ pub enum Packing {
     Equal(usize),
 }
 
+impl Packing {
+    fn check(self, config: &RunConfig) -> Result<()> {
+        let data = DataOptions { paths: vec!["shapes".into()], ..config.data.clone() };
+        match self {
+            Packing::Shapes => RunConfig { data, ..config.clone() }.check(),
+            Packing::Equal(_) => config.model.check(),
+        }
+    }
+}
+
 /// A micro-batch as a step of `config` reads it.
 ///
 /// # Errors
@@ -452,6 +480,12 @@ mod tests {
             assert_eq!(largest(&loss, Role::State(Kind::Grad), embedding), 0.0);
             assert!(largest(&update, Role::State(Kind::Grad), embedding) > 0.0);
             assert!(largest(&update, Role::Input, "schedule") > 0.0);
+            let mut config = RunConfig::preset(preset).unwrap();
+            config.set("train.rows", "1").unwrap();
+            config.set("model.num_hidden_layers", "1").unwrap();
+            let eval = evaluation(&config, Packing::Shapes, 3).unwrap();
+            assert!(largest(&eval, Role::Input, "tokens") > 100.0);
+            assert_eq!(eval.graph.states(Kind::Grad).count(), 0);
         }
     }
 }

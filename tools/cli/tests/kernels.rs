@@ -204,18 +204,25 @@ fn every_preset_is_explained_without_its_memory() {
 const SMALL: &str = "--batch 1 --positions 64 --set model.hidden_size=64 model.intermediate_size=96 \
      model.num_hidden_layers=2 model.num_attention_heads=2 model.num_key_value_heads=2 model.head_dim=32";
 
-/// Every step of a real training step agrees with the CPU, and a wrong kernel is named where it first runs.
+/// Every step of a real training step and of what sampling replays agrees with the CPU, and a wrong kernel is
+/// named where it first runs.
 #[test]
 fn a_wrong_kernel_is_found_inside_a_model() {
     let folder = folder("bisected");
     let bisect = |more: &[&str]| {
         run(&folder, &[&["bisect"], &SMALL.split_whitespace().collect::<Vec<_>>()[..], more].concat())
     };
-    let out = bisect(&[]);
-    assert!(out.status.success(), "{}", text(&out.stderr));
-    let said = text(&out.stdout);
-    let steps: usize = said.split_whitespace().nth(1).unwrap().parse().unwrap();
-    assert!(said.starts_with("all ") && said.ends_with(" steps agree\n") && steps > 150, "{said}");
+    let agreed = |program: &str| -> usize {
+        let out = bisect(&["--program", program]);
+        assert!(out.status.success(), "{program}: {}", text(&out.stderr));
+        let said = text(&out.stdout);
+        assert!(said.starts_with("all ") && said.ends_with(" steps agree\n"), "{program}: {said}");
+        said.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    assert!(agreed("train") > 150);
+    let parts: usize = ["prefill", "decode", "commit", "denoise"].map(agreed).iter().sum();
+    assert_eq!(agreed("sample"), parts);
+    assert!(agreed("eval") < agreed("loss"));
     let case = ["bisect", "--case", "rmsnorm/9x8", "--device", "sim"];
     assert!(text(&run(&folder, &case).stdout).ends_with(" steps agree\n"));
     fail(&folder, &["bisect", "--case", "rmsnorm/9x9"], 2, &["no case rmsnorm/9x9", "rmsnorm/9x8"]);
@@ -226,50 +233,70 @@ fn a_wrong_kernel_is_found_inside_a_model() {
         1,
         &["model.transfusion.image.channels=3"],
     );
+    fail(&folder, &["bisect", "--case", "rmsnorm/9x8", "--program", "decode"], 2, &["--program"]);
+    fail(
+        &folder,
+        &["bisect", "--preset", "text-tiny", "--program", "denoise"],
+        2,
+        &["text-tiny has no images"],
+    );
     let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels-cu").canonicalize().unwrap();
-    let source = fs::read_to_string(tree.join("swiglu.cu")).unwrap();
-    let right = "fmaf(x, 1.0f - s, 1.0f)";
-    assert!(source.contains(right), "{right}");
-    fs::write(folder.join("swiglu.cu"), source.replace(right, "fmaf(x, 1.0f - s, 1.1f)")).unwrap();
-    let out = bisect(&["--cu", "swiglu.cu", "-I", tree.to_str().unwrap()]);
-    let said = text(&out.stderr);
-    if said.contains("NVRTC") && std::env::var_os("REQUIRE_NVRTC").is_none() {
-        eprintln!("left out: there is no NVRTC");
-        return;
-    }
-    assert_eq!(out.status.code(), Some(1), "{said}");
-    for word in
-        ["steps agree; step ", "of loss (", "does not: swiglu_bwd by swiglu_bwd_bf16", "of the tolerance"]
-    {
-        assert!(said.contains(word), "no {word:?} in {said}");
+    for (file, right, wrong, program, found) in [
+        ("swiglu.cu", "s, 1.0f)", "s, 1.1f)", "train", ["of loss (", "swiglu_bwd by swiglu_bwd_bf16"]),
+        (
+            "sampler_update.cu",
+            "plus(without, guidance",
+            "plus(with, guidance",
+            "sample",
+            ["of denoise (", "sampler_update by sampler_update_f32"],
+        ),
+    ] {
+        let source = fs::read_to_string(tree.join(file)).unwrap();
+        assert!(source.contains(right), "{right}");
+        fs::write(folder.join(file), source.replace(right, wrong)).unwrap();
+        let out = bisect(&["--program", program, "--cu", file, "-I", tree.to_str().unwrap()]);
+        let said = text(&out.stderr);
+        if said.contains("NVRTC") && std::env::var_os("REQUIRE_NVRTC").is_none() {
+            eprintln!("left out: there is no NVRTC");
+            return;
+        }
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        for word in ["steps agree; step ", found[0], "does not: ", found[1], "of the tolerance"] {
+            assert!(said.contains(word), "no {word:?} in {said}");
+        }
     }
 }
 
 /// What kernels of rows and elements move in a real step is within 1.05 of the least possible, with as many rows
-/// for each SM as there are in training; nothing meets a bank conflict.
+/// for each SM as there are in training, or in sampling of many; nothing meets a bank conflict.
 #[test]
 fn kernels_move_little_more_than_they_must() {
     let folder = folder("traffic");
-    let args = "traffic --batch 2 --positions 512 --sms 2 --json --set model.hidden_size=512 \
-         model.intermediate_size=512 model.num_hidden_layers=1 model.num_attention_heads=8 \
-         model.num_key_value_heads=8 model.head_dim=64 train.ema=0.9";
-    let out = run(&folder, &args.split_whitespace().collect::<Vec<_>>());
-    assert!(out.status.success(), "{}", text(&out.stderr));
-    let rows: Vec<serde_json::Value> = serde_json::from_slice(&out.stdout).unwrap();
-    let (mut held, number) = (0, |v: &serde_json::Value| v.as_f64().unwrap());
-    for row in &rows {
-        let kernels: Vec<_> = row["kernels"].as_object().unwrap().values().collect();
-        let sum = |key: &str| kernels.iter().map(|k| number(&k[key])).sum::<f64>();
-        assert_eq!(sum("conflicts"), 0.0, "{row}");
-        // Products read their operands tile by tile, and what is small fills no sectors.
-        let least = number(&row["least"]);
-        let row_by_row = sum("tensor_share") == 0.0;
-        if row_by_row && least / number(&row["steps"]) >= 20e3 {
-            assert!(sum("moved") <= 1.05 * least, "{row}");
-            held += 1;
-        }
-    }
-    assert!(held >= 40, "{held}");
+    let held = |args: &str, least: f64| -> usize {
+        let model = "--positions 512 --json --set model.hidden_size=512 model.intermediate_size=512 \
+             model.num_hidden_layers=1 model.num_attention_heads=8 model.num_key_value_heads=8 \
+             model.head_dim=64 train.ema=0.9";
+        let out = run(&folder, &format!("traffic {args} {model}").split_whitespace().collect::<Vec<_>>());
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        let rows: Vec<serde_json::Value> = serde_json::from_slice(&out.stdout).unwrap();
+        rows.iter().filter(|row| moves_little(row, least)).count()
+    };
+    assert!(held("--batch 2 --sms 2", 20e3) >= 40);
+    assert!(held("--batch 16 --sms 1 --program denoise", 60e3) >= 14);
+    assert!(held("--batch 8 --sms 1 --program prefill", 60e3) >= 9);
+}
+
+/// Whether a row of the table is of a kernel of rows or elements that has to move `least` bytes in a step. Then it
+/// moves little more; what is smaller fills no sectors, and products read their operands tile by tile.
+fn moves_little(row: &serde_json::Value, least: f64) -> bool {
+    let number = |v: &serde_json::Value| v.as_f64().unwrap();
+    let kernels: Vec<_> = row["kernels"].as_object().unwrap().values().collect();
+    let sum = |key: &str| kernels.iter().map(|k| number(&k[key])).sum::<f64>();
+    assert_eq!(sum("conflicts"), 0.0, "{row}");
+    let all = number(&row["least"]);
+    let held = sum("tensor_share") == 0.0 && row["op"] != "linear" && all / number(&row["steps"]) >= least;
+    assert!(!held || sum("moved") <= 1.05 * all, "{row}");
+    held
 }
 
 /// The whole model, on the kernels that a GPU would run: fifty steps of a bf16 model of two layers follow the CPU,

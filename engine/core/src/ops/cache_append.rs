@@ -24,7 +24,9 @@ impl Graph {
     }
 }
 
-/// Threads of a block, a warp for each row, and blocks that an SM holds.
+/// Rows of a batch row that a warp takes.
+const TOGETHER: usize = 4;
+/// Threads of a block, and blocks that an SM holds.
 const THREADS: u32 = 256;
 const BLOCKS: u32 = 4;
 
@@ -69,7 +71,7 @@ impl Op for CacheAppend {
             args.push(Arg::size(n)?);
         }
         let entry = format!("cache_append_rows_{}", ins[0].dtype.name());
-        let grid = [size(b * t)?.div_ceil(THREADS / 32).min(on.sms * BLOCKS), 1, 1];
+        let grid = [size(b * t.div_ceil(TOGETHER))?.div_ceil(THREADS / 32).min(on.sms * BLOCKS), 1, 1];
         Ok(Kernels { scratch: vec![], launches: vec![Launch::kernel(entry, grid, THREADS, 0, args)] })
     }
 

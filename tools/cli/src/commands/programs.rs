@@ -1,9 +1,14 @@
 //! The programs of a model by name, at the sizes that its settings say.
-use crate::{console, failure::Outcome, settings::Settings};
+use crate::{
+    console,
+    failure::{Failure, Outcome},
+    settings::Settings,
+};
 use clap::{Args, ValueEnum};
 use transfusion::{
     model::LossOptions,
     programs::{Named, loss, sampling, training},
+    rehearsal::{self, Packing, Scene},
     run::RunConfig,
 };
 
@@ -12,6 +17,8 @@ use transfusion::{
 pub(crate) enum Which {
     /// A training step: loss and update.
     Train,
+    /// What sampling replays: prefill, decode and, with images, commit and denoise.
+    Sample,
     /// The loss of a micro-batch, and its gradient.
     Loss,
     /// The optimiser's step.
@@ -55,13 +62,37 @@ impl Sizing {
         config.train.check()?;
         Ok(config)
     }
+
+    /// The programs that are meant, of a model of these settings.
+    pub(crate) fn programs(&self, which: Which, config: &RunConfig) -> Outcome<Vec<Named>> {
+        let programs = which.of(config);
+        if programs.is_empty() {
+            let why = format!("{} has no images to sample", self.settings.preset);
+            return Err(Failure::usage(why).hint("--program decode is one of text"));
+        }
+        Ok(programs)
+    }
+
+    /// The same, each with every number that it reads.
+    pub(crate) fn scenes(&self, which: Which, config: &RunConfig, seed: u64) -> Outcome<Vec<Scene>> {
+        let meant = self.programs(which, config)?;
+        let all = match which {
+            Which::Train | Which::Loss | Which::Update => {
+                rehearsal::training_step(config, Packing::Shapes, seed)?.into()
+            }
+            Which::Eval => vec![rehearsal::evaluation(config, Packing::Shapes, seed)?],
+            _ => rehearsal::sampling(config, seed)?,
+        };
+        Ok(all.into_iter().filter(|scene| meant.iter().any(|p| p.name == scene.name)).collect())
+    }
 }
 
 impl Which {
     /// Those of a model; none where it has no images and they are about images.
-    pub(crate) fn of(self, config: &RunConfig) -> Vec<Named> {
+    fn of(self, config: &RunConfig) -> Vec<Named> {
         let name = match self {
             Which::Train => return training(config),
+            Which::Sample => return sampling(config),
             Which::Loss => "loss",
             Which::Update => "update",
             Which::Eval => "eval",

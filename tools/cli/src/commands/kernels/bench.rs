@@ -68,7 +68,7 @@ impl Bench {
     fn count(&self, sim: &mut dyn Device) -> Outcome {
         for case in self.bench.tables()? {
             for float in self.bench.floats() {
-                for a in agreement::applications(&case, float, &mut agreement::cpu()?)? {
+                for a in agreement::applications(&case, float, &mut agreement::cpu(0)?)? {
                     match a.run(sim) {
                         Ok(_) | Err(Error::NoKernel { .. }) => {}
                         Err(e) => return Err(e.into()),

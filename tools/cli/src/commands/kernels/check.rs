@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 use transfusion_core::{
     Error,
     agreement::{self, Application, Worst},
+    device::CpuDevice,
 };
 use transfusion_ptxsim::Schedule;
 
@@ -57,11 +58,12 @@ impl Check {
         let mut tallies: BTreeMap<&'static str, Tally> = BTreeMap::new();
         let schedules = &Schedule::SEVERAL[..usize::from(self.schedules)];
         let mut machines = self.bench.open(schedules)?;
+        let mut cpu = agreement::cpu(0)?;
         for case in self.bench.tables()? {
             for float in self.bench.floats() {
-                for a in agreement::applications(&case, float, &mut agreement::cpu()?)? {
+                for a in agreement::applications(&case, float, &mut cpu)? {
                     let tally = tallies.entry(a.op.name()).or_default();
-                    tally.check(&a, &format!("{case:?}"), &mut machines)?;
+                    tally.check(&a, &format!("{case:?}"), &mut machines, &mut cpu)?;
                 }
             }
         }
@@ -71,11 +73,12 @@ impl Check {
 
 /// Whether there are kernels that disagree; for `bench`, before it times any.
 pub(super) fn refuse_wrong_ones(bench: &Workbench, machines: &mut [Machine]) -> Outcome {
+    let mut cpu = agreement::cpu(0)?;
     for case in bench.tables()? {
         for float in bench.floats() {
-            for a in agreement::applications(&case, float, &mut agreement::cpu()?)? {
+            for a in agreement::applications(&case, float, &mut cpu)? {
                 let mut tally = Tally::default();
-                tally.check(&a, &format!("{case:?}"), machines)?;
+                tally.check(&a, &format!("{case:?}"), machines, &mut cpu)?;
                 if let Some(failure) = tally.failures.pop() {
                     return Err(Failure::error(format!("a kernel is wrong and is not timed:\n{failure}")));
                 }
@@ -86,7 +89,13 @@ pub(super) fn refuse_wrong_ones(bench: &Workbench, machines: &mut [Machine]) -> 
 }
 
 impl Tally {
-    fn check(&mut self, a: &Application, case: &str, machines: &mut [Machine]) -> Outcome {
+    fn check(
+        &mut self,
+        a: &Application,
+        case: &str,
+        machines: &mut [Machine],
+        cpu: &mut CpuDevice,
+    ) -> Outcome {
         let mut expected = None;
         for machine in machines {
             let have = match a.run(machine.device()) {
@@ -105,7 +114,7 @@ impl Tally {
             };
             let expected = match &mut expected {
                 Some(expected) => expected,
-                none => none.insert(a.expected()?),
+                none => none.insert(a.expected(cpu)?),
             };
             for worst in expected.compare(&have) {
                 if self.worst.as_ref().is_none_or(|(w, _)| worst.ratio > w.ratio) {

@@ -64,11 +64,7 @@ impl Explain {
     pub(crate) fn run(self) -> Outcome {
         let config = self.sizing.resolve()?;
         let roofline = self.target.roofline();
-        let programs = self.program.of(&config);
-        if programs.is_empty() {
-            let why = format!("{} has no images to sample", self.sizing.settings.preset);
-            return Err(Failure::usage(why).hint("--program decode is one of text"));
-        }
+        let programs = self.sizing.programs(self.program, &config)?;
         let library = Library::new(roofline.target.arch, vec![])?;
         let pages = programs.iter().map(|p| page(&config, p, &roofline, &library));
         let pages: Vec<Page> = pages.collect::<Outcome<_>>()?;

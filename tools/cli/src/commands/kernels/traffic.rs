@@ -1,14 +1,14 @@
 //! `transfusion kernels traffic`.
 use super::{rows::Row, workbench::Simulated};
 use crate::{
-    commands::programs::Sizing,
+    commands::programs::{Sizing, Which},
     console,
     failure::{Failure, Outcome},
 };
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use transfusion::rehearsal::{self, Packing, Scene};
+use transfusion::rehearsal::Scene;
 use transfusion_core::{
     agreement::Walk,
     device::{Device, resolve::Library},
@@ -19,24 +19,28 @@ use transfusion_ptxsim::{Class, Counters, Schedule, SimDevice};
 /// Bytes of a sector.
 const SECTOR: u64 = 32;
 
-/// Count what the kernels of a training step move, in the simulator.
+/// Count what the kernels of a program move, in the simulator.
 ///
-/// One training step of a fresh model on the built-in shapes runs op by op. For each op: bytes of global
-/// memory in sectors of 32 bytes, every request on its own as if there were no cache, over the least possible,
-/// each operand once (less than that where rows are unused); bank conflicts, passes over shared memory beyond
-/// the fewest possible; the share of warp instructions that are tensor-core products; instructions of threads.
-/// Steps that launch the same are one row, and a row says what all of them do. Few rows for each SM make
-/// what blocks read once weigh more than in a real step: --sms makes the machine small.
+/// A training step of a fresh model on the built-in shapes, or what sampling replays behind a prompt, runs op by op.
+/// For each op: bytes of global memory in sectors of 32 bytes, every request on its own as if there were no cache,
+/// over the least possible, each operand once (less than that where rows are unused); bank conflicts, passes over
+/// shared memory beyond the fewest possible; the share of warp instructions that are tensor-core products;
+/// instructions of threads. Steps that launch the same are one row, and a row says what all of them do. Few rows
+/// for each SM make what blocks read once weigh more than in a real step: --sms makes the machine small.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   transfusion kernels traffic --batch 4 --positions 512 --sms 4 --set model.num_hidden_layers=1
+  transfusion kernels traffic --batch 8 --positions 512 --sms 4 --program denoise
   transfusion kernels traffic --batch 1 --positions 128 --cu my_rmsnorm.cu --json")]
 pub(crate) struct Traffic {
     #[command(flatten)]
     sizing: Sizing,
     #[command(flatten)]
     simulated: Simulated,
+    /// What runs.
+    #[arg(long, value_enum, default_value_t = Which::Train)]
+    program: Which,
     /// Seed of weights and data.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
@@ -58,8 +62,8 @@ impl Traffic {
         let config = self.sizing.resolve()?;
         let mut sim = self.simulated.open(Schedule::default())?;
         let mut all = Vec::new();
-        for scene in rehearsal::training_step(&config, Packing::Shapes, self.seed)? {
-            count(&scene, &mut sim, &mut all)?;
+        for scene in self.sizing.scenes(self.program, &config, self.seed)? {
+            count(scene, &mut sim, &mut all)?;
         }
         if self.json {
             let rows: Vec<Value> = all.iter().map(Counted::json).collect();
@@ -70,10 +74,10 @@ impl Traffic {
 }
 
 /// Runs a program, and adds what each step did.
-fn count(scene: &Scene, sim: &mut SimDevice, all: &mut Vec<Counted>) -> Outcome {
-    let plan = Plan::on(&scene.graph, sim.target().as_ref())?;
+fn count(Scene { graph, given, .. }: Scene, sim: &mut SimDevice, all: &mut Vec<Counted>) -> Outcome {
+    let plan = Plan::on(&graph, sim.target().as_ref())?;
     let library = Library::new(sim.target().map_or("sm_80", |t| t.arch), vec![])?;
-    let mut walk = Walk::new(&scene.graph, plan::steps(&scene.graph)?, scene.given.clone());
+    let mut walk = Walk::new(&graph, plan::steps(&graph)?, given);
     for step in &plan.steps {
         sim.take_counters();
         walk.step(sim)?;
