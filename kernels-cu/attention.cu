@@ -36,10 +36,7 @@
 //
 // Needs   D of 32, 64 or 128; strides multiples of 8, so that rows are 16-byte aligned.
 // Rounds  p and ds to bf16 as factors; o, dq, dk, dv once, on store; sums in f32, fixed order (deterministic).
-#include "common/interval.cuh"
-#include "common/pack.cuh"
-#include "common/reduce.cuh"
-#include "common/tile.cuh"
+#include "common/attention.cuh"
 
 constexpr int THREADS = 128, WARPS = 4;
 // Queries that share a span, and the tile of the pass over queries.
@@ -47,33 +44,6 @@ constexpr int SPAN = 64;
 
 extern __shared__ __align__(128) char shared_memory[];
 __shared__ int slots_of_warps[WARPS];
-
-// ---- Spans of keys
-
-// Of several queries: begin..end holds every key that one of them sees, all see inner_begin..inner_end.
-struct alignas(16) Span {
-    int begin, end, inner_begin, inner_end;
-
-    INLINE static Span of(int2 seen) {
-        const bool some = seen.x < seen.y;
-        return {some ? seen.x : 0x7fffffff, seen.y, some ? seen.x : 0x7fffffff, seen.y};
-    }
-    INLINE Span with(const Span& s) const {
-        return {min(begin, s.begin), max(end, s.end), max(inner_begin, s.inner_begin), min(inner_end, s.inner_end)};
-    }
-    INLINE Span across_warp() const {
-        Span all = *this;
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) {
-            all = all.with({__shfl_xor_sync(0xffffffffu, all.begin, offset), __shfl_xor_sync(0xffffffffu, all.end, offset),
-                            __shfl_xor_sync(0xffffffffu, all.inner_begin, offset),
-                            __shfl_xor_sync(0xffffffffu, all.inner_end, offset)});
-        }
-        return all;
-    }
-    INLINE bool meets(int first, int last) const { return begin < last && end > first; }
-    INLINE bool whole(int first, int last) const { return inner_begin <= first && inner_end >= last; }
-};
 
 // ---- Products of tiles with rows of D; a warp makes 16 MI rows
 
@@ -106,8 +76,7 @@ INLINE void dot_rows(float (&s)[MI][COLUMNS / 8][4], u32 a, u32 b) {
     }
 }
 
-// acc += p b for `DEPTH` rows of the tile `b`. What a lane holds of p as a result is what it needs of it as a
-// factor, once rounded.
+// acc += p b for `DEPTH` rows of the tile `b`.
 template <int D, int MI, int DEPTH>
 INLINE void add_rows(float (&acc)[MI][D / 8][4], const float (&p)[MI][DEPTH / 8][4], u32 b) {
     constexpr int BYTES = 2 * D;
@@ -116,9 +85,7 @@ INLINE void add_rows(float (&acc)[MI][D / 8][4], const float (&p)[MI][DEPTH / 8]
     for (int k = 0; k < DEPTH / 16; k++) {
         u32 left[MI][4];
 #pragma unroll
-        for (int i = 0; i < MI; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) left[i][e] = pack(p[i][2 * k + e / 2][e % 2 * 2], p[i][2 * k + e / 2][e % 2 * 2 + 1]);
+        for (int i = 0; i < MI; i++) as_factor(left[i], p[i], k);
 #pragma unroll
         for (int j = 0; j < D / 16; j++) {
             u32 right[4];
@@ -134,98 +101,21 @@ INLINE void add_rows(float (&acc)[MI][D / 8][4], const float (&p)[MI][DEPTH / 8]
 
 // ---- Numbers that are not finite
 
-INLINE bool finite(u32 bits16) { return (bits16 & 0x7f80) != 0x7f80; }
-
 // Takes what is not finite out of `ROWS` rows of the tile `b` before `add_rows`, where zero times it would be
-// NaN, and gives it to the rows of the result that see it: `seen(row, i, half)` tells whether row 8 half + 16 i
-// of the lane does. All threads call it.
+// NaN, and gives it to the rows of the result that see it. All threads call it.
 template <int D, int MI, int ROWS, typename Seen>
 INLINE void set_aside(float (&acc)[MI][D / 8][4], u32 b, const Seen& seen) {
-    constexpr int BYTES = 2 * D;
-    for (int row = 0; row < ROWS; row++) {
-#pragma unroll
-        for (int j = 0; j < D / 8; j++) {
-            u32 pair;
-            load_shared(pair, b + chunk_at<BYTES>(row, j) + threadIdx.x % 4 * 4);
-            if (finite(pair) && finite(pair >> 16)) continue;
-#pragma unroll
-            for (int i = 0; i < MI; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    if (!seen(row, i, half)) continue;
-                    if (!finite(pair)) acc[i][j][half * 2] += low(pair);
-                    if (!finite(pair >> 16)) acc[i][j][half * 2 + 1] += high(pair);
-                }
-        }
-    }
+    give_to_those_who_see<ROWS>(acc, Rows<2 * D>{b}, seen);
     // All have read it; and none multiplies before it is clean.
     __syncthreads();
-    for (u32 at = threadIdx.x * 16; at < ROWS * BYTES; at += THREADS * 16) {
-        u32 v[4];
-        load_shared(v, b + at);
-#pragma unroll
-        for (int e = 0; e < 4; e++) v[e] = (finite(v[e]) ? v[e] & 0xffff : 0) | (finite(v[e] >> 16) ? v[e] & 0xffff0000u : 0);
-        store_shared(b + at, v);
-    }
+    clean(b, ROWS * 2 * D, threadIdx.x, THREADS);
     __syncthreads();
 }
 
-// Whether all results of all threads are finite: as integers, all others are larger. A barrier for the block.
+// Whether all results of all threads are finite. A barrier for the block.
 template <int MI, int NI>
 INLINE bool all_finite(const float (&acc)[MI][NI][4]) {
-    int largest = 0;
-#pragma unroll
-    for (int i = 0; i < MI; i++)
-#pragma unroll
-        for (int j = 0; j < NI; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) largest = max(largest, __float_as_int(fabsf(acc[i][j][e])));
-    return block_reduce<Max, THREADS>(largest, slots_of_warps) < __float_as_int(INFINITY);
-}
-
-// Rounds this warp's rows of a result into shared memory that no other warp touches and, since a barrier, nobody
-// reads, and sends them to `to` in whole rows; `rows` of the block's rows exist.
-template <int D, int MI>
-INLINE void send_rows(bf16* to, u64 stride, int rows, const float (&acc)[MI][D / 8][4], u32 tile) {
-    constexpr int BYTES = 2 * D, CHUNKS = D / 8;
-    const u32 lane = threadIdx.x % 32, first = threadIdx.x / 32 * (16 * MI);
-#pragma unroll
-    for (int i = 0; i < MI; i++)
-#pragma unroll
-        for (int j = 0; j < D / 8; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 row = first + i * 16 + half * 8 + lane / 4;
-                store_shared(tile + chunk_at<BYTES>(row, j) + lane % 4 * 4, pack(acc[i][j][half * 2], acc[i][j][half * 2 + 1]));
-            }
-    __syncwarp();
-#pragma unroll
-    for (int n = 0; n < 16 * MI; n += 32 / CHUNKS) {
-        const u32 row = first + n + lane / CHUNKS, chunk = lane % CHUNKS;
-        Vec16 v;
-        load_shared(v.word, tile + chunk_at<BYTES>(row, chunk));
-        if (int(row) < rows) store16(to + row * stride + chunk * 8, v);
-    }
-}
-
-template <int MI, int NI>
-INLINE void scale_all(float (&acc)[MI][NI][4], float by) {
-#pragma unroll
-    for (int i = 0; i < MI; i++)
-#pragma unroll
-        for (int j = 0; j < NI; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) acc[i][j][e] *= by;
-}
-
-template <int MI, int NI>
-INLINE void clear(float (&acc)[MI][NI][4]) {
-#pragma unroll
-    for (int i = 0; i < MI; i++)
-#pragma unroll
-        for (int j = 0; j < NI; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
+    return block_reduce<Max, THREADS>(largest(acc), slots_of_warps) < __float_as_int(INFINITY);
 }
 
 // Calls `step(key, stage)` for every tile of `KEYS` keys of the span, from `key` on, when its keys and, behind
@@ -233,7 +123,7 @@ INLINE void clear(float (&acc)[MI][NI][4]) {
 template <int D, int KEYS, typename Step>
 INLINE void walk_keys(const Span& span, const bf16* k, const bf16* v, u64 stride, u32 ring, const Step& step) {
     constexpr int BYTES = 2 * D, TILE = KEYS * BYTES;
-    const int tiles = span.begin < span.end ? (span.end - span.begin + KEYS - 1) / KEYS : 0;
+    const int tiles = span.tiles(KEYS);
     const auto fetch = [&](int t) {
         if (t < tiles) {
             const int first = span.begin + t * KEYS;
@@ -256,57 +146,6 @@ INLINE void walk_keys(const Span& span, const bf16* k, const bf16* v, u64 stride
 }
 
 // ---- Forward
-
-// Running softmax of this lane's rows, 8 half + 16 i: the largest score, and the lane's part of the sum.
-template <int MI>
-struct Softmax {
-    float top[MI][2], total[MI][2];
-
-    // Scores become weights, and what was summed so far shrinks to their scale.
-    template <int NI, int NO>
-    INLINE void weigh(float (&s)[MI][NI][4], float (&o)[MI][NO][4], float scale) {
-#pragma unroll
-        for (int i = 0; i < MI; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float most = top[i][half];
-#pragma unroll
-                for (int j = 0; j < NI; j++) most = fmaxf(most, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
-                most = warp_reduce<Max, 4>(most);
-                // A row that has seen nothing yet has no largest score.
-                const float base = most == -INFINITY ? 0.0f : most * scale;
-                const float shrink = exp2_fast(top[i][half] * scale - base);
-                float sum = total[i][half] * shrink;
-#pragma unroll
-                for (int j = 0; j < NI; j++)
-#pragma unroll
-                    for (int e = half * 2; e < half * 2 + 2; e++) {
-                        s[i][j][e] = exp2_fast(fmaf(s[i][j][e], scale, -base));
-                        sum += s[i][j][e];
-                    }
-#pragma unroll
-                for (int j = 0; j < NO; j++) o[i][j][half * 2] *= shrink, o[i][j][half * 2 + 1] *= shrink;
-                top[i][half] = most, total[i][half] = sum;
-            }
-    }
-};
-
-// Numbers of keys from `key` on become `nothing` for rows that do not see them.
-template <int MI, int NI, typename Seen>
-INLINE void hide(float (&s)[MI][NI][4], int key, const Seen& seen, float nothing) {
-#pragma unroll
-    for (int i = 0; i < MI; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int2 range = seen(i, half);
-#pragma unroll
-            for (int j = 0; j < NI; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    if (!sees(range, key + j * 8 + threadIdx.x % 4 * 2 + e)) s[i][j][half * 2 + e] = nothing;
-                }
-        }
-}
 
 template <int D>
 struct Forward {
@@ -349,10 +188,7 @@ struct Forward {
         // Careful only if the first round shows that something is not finite.
         for (int careful = 0;; careful = 1) {
             clear(sum);
-#pragma unroll
-            for (int i = 0; i < MI; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) softmax.top[i][half] = -INFINITY, softmax.total[i][half] = 0.0f;
+            softmax.begin();
             walk_keys<D, KEYS>(span, k + cache, v + cache, kv_stride, ring, [&](int tile_key, u32 stage) {
                 const bool whole = span.whole(tile_key, tile_key + KEYS);
 #pragma unroll 1
@@ -362,7 +198,9 @@ struct Forward {
                     float s[MI][SLICE / 8][4];
                     dot_rows<D, MI, SLICE>(s, tile + own * BYTES, stage + slice * BYTES);
                     if (!whole) hide(s, key, seen, -INFINITY);
-                    softmax.weigh(s, sum, scale * LOG2_E);
+                    float shrink[MI][2];
+                    softmax.weigh(s, shrink, scale * LOG2_E);
+                    scale_rows(sum, shrink);
                     if (careful && !whole) {
                         set_aside<D, MI, SLICE>(sum, values, [&](int n, int i, int half) {
                             return sees(seen(i, half), key + n);
@@ -379,18 +217,12 @@ struct Forward {
         for (int i = 0; i < MI; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float total = warp_reduce<Sum, 4>(softmax.total[i][half]);
                 const int2 range = seen(i, half);
-                const bool some = range.x < range.y;
-                const float share = some ? 1.0f / total : 0.0f;
-#pragma unroll
-                for (int j = 0; j < D / 8; j++) sum[i][j][half * 2] *= share, sum[i][j][half * 2 + 1] *= share;
+                const float log_sum = softmax.finish(sum, i, half, range.x < range.y, scale);
                 const int n = again(first) + own + i * 16 + half * 8 + lane / 4;
-                if (lane % 4 == 0 && n < int(queries))
-                    lse[(u64(again(b)) * heads + head) * queries + n] =
-                        some ? softmax.top[i][half] * scale + log2_fast(total) * LN_2 : 0.0f;
+                if (lane % 4 == 0 && n < int(queries)) lse[(u64(again(b)) * heads + head) * queries + n] = log_sum;
             }
-        send_rows<D, MI>(o + (row * heads + head) * D, u64(heads) * D, int(queries) - again(first), sum, tile);
+        send_rows(o + (row * heads + head) * D, u64(heads) * D, int(queries) - again(first), sum, Rows<BYTES>{tile}, threadIdx.x / 32 * (16 * MI));
     }
 };
 
@@ -597,8 +429,8 @@ struct BackwardKeys {
             if (careful || (all_finite(dv) && good)) break;
         }
         scale_all(dk, scale);
-        send_rows<D, MI>(dk_to + offset(), kv_stride, p.last() - p.first(), dk, key_tile);
-        send_rows<D, MI>(dv_to + offset(), kv_stride, p.last() - p.first(), dv, value_tile);
+        send_rows(dk_to + offset(), kv_stride, p.last() - p.first(), dk, Rows<BYTES>{key_tile}, threadIdx.x / 32 * (16 * MI));
+        send_rows(dv_to + offset(), kv_stride, p.last() - p.first(), dv, Rows<BYTES>{value_tile}, threadIdx.x / 32 * (16 * MI));
     }
 };
 
@@ -672,7 +504,7 @@ struct BackwardQueries {
         }
         scale_all(dq, scale);
         const u64 to = u64(again(b)) * queries + again(first);
-        send_rows<D, MI>(dq_to + to * q_stride + head * D, q_stride, int(queries) - again(first), dq, tile);
+        send_rows(dq_to + to * q_stride + head * D, q_stride, int(queries) - again(first), dq, Rows<BYTES>{tile}, threadIdx.x / 32 * (16 * MI));
     }
 };
 

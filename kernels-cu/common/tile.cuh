@@ -13,6 +13,14 @@ INLINE u32 chunk_at(u32 row, u32 chunk) {
     return row * BYTES + ((chunk ^ (BYTES == 64 ? row / 2 % 4 : row % 8)) * 16);
 }
 
+// A tile at an address.
+template <int BYTES>
+struct Rows {
+    u32 address;
+
+    INLINE u32 at(u32 row, u32 chunk) const { return address + chunk_at<BYTES>(row, chunk); }
+};
+
 // Begins to copy a tile of `ROWS` rows; rows past the first `rows` and columns past the first `columns`
 // arrive as zeros. `stride` counts elements; `columns` is a multiple of 8 or reaches past the tile. `thread` is
 // for callers who hide it from the compiler.
