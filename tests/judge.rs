@@ -223,7 +223,7 @@ fn machines(stem: &str) -> &'static [Target] {
 /// The case tables that a module is held under.
 fn tables(stem: &str) -> Vec<&str> {
     match stem {
-        "attention_decode" => vec!["attention"],
+        "attention_decode" | "attention_wgmma" => vec!["attention"],
         "linear_few" => vec!["linear"],
         "linear_wgmma" => vec!["linear", "cross_entropy"],
         "gather_rows" => vec!["gather_rows", "embedding"],

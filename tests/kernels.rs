@@ -74,8 +74,8 @@ macro_rules! modules {
 }
 
 modules! {
-    adamw add attention cache_append cast clip cross_entropy ema fill gather_rows linear linear_wgmma mse patchify
-    q_sample qk_norm rmsnorm rope sampler_update scatter_rows sum_squares swiglu time_embedding
+    adamw add attention attention_wgmma cache_append cast clip cross_entropy ema fill gather_rows linear linear_wgmma mse
+    patchify q_sample qk_norm rmsnorm rope sampler_update scatter_rows sum_squares swiglu time_embedding
 }
 
 #[test]
@@ -101,6 +101,11 @@ fn cross_entropy_keeps() {
 #[test]
 fn attention_keeps() {
     keep(&Exam::new("attention"));
+}
+
+#[test]
+fn attention_wgmma_keeps() {
+    keep(&Exam::new("attention_wgmma"));
 }
 
 /// RMSNorm of so many rows of 8.

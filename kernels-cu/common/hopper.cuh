@@ -53,6 +53,22 @@ INLINE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 
                  : "memory");
 }
 
+// The same of a box at (column, row, layer).
+INLINE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row, u32 layer) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(layer)
+                 : "memory");
+}
+
+// Shows what this thread has written to shared memory to products and copies.   9.7.13.4 fence.proxy.async
+INLINE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of the block for so many threads, whole warps; 0 is that of __syncthreads.   9.7.13.1 bar.sync
+template <int BARRIER, int THREADS>
+INLINE void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
+}
+
 // Gives registers back, or takes them: a thread has `COUNT` then. All warps of a warpgroup call it.
 // 9.7.19.5 setmaxnreg
 template <int COUNT>
@@ -84,9 +100,19 @@ INLINE void wait_products() {
 }
 
 // Begins c = a b + (keep ? c : 0) for 64 rows of a and the columns of c, at a depth of 16. ALONG: rows of memory run
-// along the depth, else across it. Of c, warp w has rows 16 w and on, laid out as by mma.m16n8k16; it must not be
-// touched before the wait.   9.7.15.5.2 wgmma.mma_async
-#define SUM(i) "+f"(c[(i) / 16][(i) / 4 % 4][(i) % 4])
+// along the depth, else across it; a may be a warp's factor in registers. Of c, warp w has rows 16 w and on, laid out as
+// by mma.m16n8k16; it must not be touched before the wait.   9.7.15.5.2 wgmma.mma_async
+template <int N>
+INLINE float& sum_at(float (&c)[N][4][4], int i) {
+    return c[i / 16][i / 4 % 4][i % 4];
+}
+
+template <int N>
+INLINE float& sum_at(float (&c)[N][4], int i) {
+    return c[i / 4][i % 4];
+}
+
+#define SUM(i) "+f"(sum_at(c, i))
 #define SUMS4(i) SUM(i), SUM(i + 1), SUM(i + 2), SUM(i + 3)
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
 #define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
@@ -120,6 +146,46 @@ INLINE void multiply_add(float (&c)[8][4][4], u64 a, u64 b, bool keep) {
                  "}, %128, %129, keep, 1, 1, %131, %132;\n}"
                  : SUMS64(0), SUMS64(64)
                  : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
+                 : "memory");
+}
+
+template <bool A_ALONG, bool B_ALONG>
+INLINE void multiply_add(float (&c)[16][4], u64 a, u64 b, bool keep) {
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                 "}, %64, %65, keep, 1, 1, %67, %68;\n}"
+                 : SUMS64(0)
+                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
+                 : "memory");
+}
+
+template <bool B_ALONG>
+INLINE void multiply_add(float (&c)[8][4], const u32 (&a)[4], u64 b, bool keep) {
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                 "}, {%32, %33, %34, %35}, %36, keep, 1, 1, %38;\n}"
+                 : SUMS16(0), SUMS16(16)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(u32(keep)), "n"(B_ALONG ? 0 : 1)
+                 : "memory");
+}
+
+template <bool B_ALONG>
+INLINE void multiply_add(float (&c)[16][4], const u32 (&a)[4], u64 b, bool keep) {
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                 "}, {%64, %65, %66, %67}, %68, keep, 1, 1, %70;\n}"
+                 : SUMS64(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(u32(keep)), "n"(B_ALONG ? 0 : 1)
                  : "memory");
 }
 

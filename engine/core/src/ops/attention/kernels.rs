@@ -1,7 +1,8 @@
-//! What `kernels-cu/attention.cu` and, for few queries, `attention_decode.cu` are launched with.
+//! What `kernels-cu/attention.cu` and, for few queries, `attention_decode.cu` are launched with; on Hopper
+//! `attention_wgmma.cu`.
 use super::super::prelude::*;
 use super::Attention;
-use crate::launch::Operand;
+use crate::launch::{Geometry, Operand};
 
 const THREADS: u32 = 128;
 /// Queries of a forward tile and of a tile of dq.
@@ -10,6 +11,12 @@ const QUERIES: u32 = 128;
 const SPAN: u32 = 64;
 /// Keys of a forward tile.
 const KEYS: u32 = 64;
+
+/// Threads of a block on Hopper, and rows of each of its tiles.
+const HOPPER_THREADS: u32 = 384;
+const HOPPER_ROWS: u32 = 128;
+/// What a block has besides.
+const HOPPER_STATIC: u32 = 2048;
 
 /// Most queries of a batch row that are decoded: their keys are split over blocks.
 const DECODED: u32 = 4;
@@ -53,6 +60,16 @@ impl Width {
     /// Queries and gradients, and two stages of keys and values.
     fn queries_shared(self) -> u32 {
         2 * self.tile(QUERIES) + 4 * self.tile(self.passing_keys)
+    }
+
+    /// On Hopper: queries, the stages of keys and values, and their barriers. Narrow heads have no kernel there.
+    fn hopper_shared(self) -> Option<u32> {
+        let stages = match self.width {
+            64 => 4,
+            128 => 2,
+            _ => return None,
+        };
+        Some((1 + 2 * stages) * self.tile(HOPPER_ROWS) + 8 + 2 * stages * 16)
     }
 }
 
@@ -179,6 +196,50 @@ impl Problem {
         Ok(Kernels { scratch, launches: vec![decode, merge] })
     }
 
+    /// What the kernel of Hopper shares, where there is one and it can read the operands: a tensor map is never empty.
+    fn hopper_shared(&self, on: &Target) -> Option<u32> {
+        let there = on.arch == Target::H200.arch && self.keys > 0 && self.kv_stride > 0;
+        self.width.hopper_shared().filter(|shared| there && *shared + HOPPER_STATIC <= on.shared)
+    }
+
+    /// A tensor map of rows of queries or keys: so many in each batch row or cache.
+    fn map(&self, of: &Arg, layers: u32, rows: u32, stride: u32) -> Arg {
+        let &Arg::Address(operand, _) = of else { return of.clone() };
+        let row = u64::from(stride) * 2;
+        let geometry = Geometry {
+            offset: 0,
+            element: 2,
+            extents: vec![stride.into(), rows.into(), layers.into()],
+            strides: vec![row, row * u64::from(rows)],
+            tile: vec![64, HOPPER_ROWS, 1],
+            swizzle: 128,
+        };
+        Arg::Map(operand, geometry)
+    }
+
+    /// The column of a row in which the first head begins.
+    fn column(of: &Arg) -> Result<Arg, String> {
+        match of {
+            Arg::Address(_, offset) => Arg::size(*offset as usize / 2),
+            _ => Ok(Arg::U32(0)),
+        }
+    }
+
+    fn hopper(&self, shared: u32) -> Result<Kernels, String> {
+        let layers = if self.caches > 0 { self.caches } else { self.batch };
+        let keys = |of| self.map(of, layers, self.keys, self.kv_stride);
+        let mut args = vec![Arg::output(0), Arg::output(1)];
+        args.push(self.map(&self.q, self.batch, self.queries, self.q_stride));
+        args.extend([keys(&self.k), keys(&self.v)]);
+        args.extend([&self.slots, &self.start, &self.end].map(Arg::clone));
+        args.extend([self.queries, self.keys, self.heads, self.heads / self.kv_heads].map(Arg::U32));
+        args.extend([Self::column(&self.k)?, Self::column(&self.v)?, Arg::U32(self.caches)]);
+        args.push(Arg::F32(self.scale));
+        let grid = self.over_queries(HOPPER_ROWS);
+        let launch = Launch::kernel(self.entry("fwd_wgmma"), grid, HOPPER_THREADS, shared, args);
+        Ok(Kernels { scratch: vec![], launches: vec![launch] })
+    }
+
     fn is_empty(&self) -> bool {
         self.batch == 0 || self.queries == 0
     }
@@ -191,6 +252,9 @@ pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kerne
     }
     if p.queries <= DECODED {
         return p.decode(on);
+    }
+    if let Some(shared) = p.hopper_shared(on) {
+        return p.hopper(shared);
     }
     let mut args = vec![Arg::output(0), Arg::output(1)];
     args.extend([&p.q, &p.k, &p.v, &p.slots, &p.start, &p.end].map(Arg::clone));
@@ -280,11 +344,30 @@ mod tests {
     #[test]
     fn packed_rows_point_into_one_operand() {
         let op = op(4, 2, 64, false);
-        let k = forward(&op, &packed(3, 300, op.heads, DType::Bf16), &Target::H200).unwrap();
+        let k = forward(&op, &packed(3, 300, op.heads, DType::Bf16), &Target::A100).unwrap();
         assert_eq!(launches(&k), [("attention_fwd_d64_bf16", [3, 4, 3], 48 << 10)]);
         let Launch::Kernel { args, .. } = &k.launches[0] else { panic!("{k:?}") };
         let at = |columns: u64| Arg::Address(Operand::In(0), columns * 2);
         assert_eq!(args[2..5], [at(0), at(256), at(384)]);
+    }
+
+    #[test]
+    fn hopper_reads_layers_of_rows() {
+        let op = op(4, 2, 64, false);
+        let k = forward(&op, &packed(3, 300, op.heads, DType::Bf16), &Target::H200).unwrap();
+        assert_eq!(launches(&k), [("attention_fwd_wgmma_d64_bf16", [3, 4, 3], 147_592)]);
+        let Launch::Kernel { args, .. } = &k.launches[0] else { panic!("{k:?}") };
+        let Arg::Map(Operand::In(0), map) = &args[3] else { panic!("{args:?}") };
+        assert_eq!((&map.extents[..], &map.strides[..]), (&[512, 300, 3][..], &[1024, 307_200][..]));
+        assert_eq!(args[2..5], [(); 3].map(|()| Arg::Map(Operand::In(0), map.clone())));
+        assert_eq!(args[12..14], [Arg::U32(256), Arg::U32(384)]);
+    }
+
+    #[test]
+    fn hopper_leaves_narrow_heads_to_other_kernels() {
+        let op = op(4, 2, 32, false);
+        let k = forward(&op, &packed(1, 300, op.heads, DType::Bf16), &Target::H200).unwrap();
+        assert_eq!(launches(&k)[0].0, "attention_fwd_d32_bf16");
     }
 
     #[test]

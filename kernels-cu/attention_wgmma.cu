@@ -1,0 +1,339 @@
+// Attention over intervals of keys on Hopper's tensor cores: that of attention.cu, where heads are wide enough.
+//   o[i] = sum_j p[i,j] v[j],   p[i,j] = exp(q[i] . k[j] scale - lse[i]),   row_start[i] <= j < row_end[i]
+//                                                          Dao et al. 2022; pipelined: Shah et al. 2024
+//
+// A block has 128 queries of a head. One warp copies tiles of 128 keys and of their values into two rings of stages,
+// from the last key that a query sees to the first, so that nothing behind it is read; two warpgroups have 64 queries
+// each. Their scores of the next tile are under way while the weights of the last one multiply its values, and the
+// softmax of the next runs beside that product. p never leaves the registers. A warpgroup passes over tiles of which
+// none of its queries sees anything, and compares only in those that not all of them see whole.
+//
+// What is hidden changes no bit, as in attention.cu: where a result is not finite, both warpgroups begin again,
+// careful, tile by tile, with what is not finite taken out of values and given to those who see it.
+//
+// Keys of a cache lie in rows of a map [caches, Tk, columns]; k_column and v_column are where the first head's begin. With caches
+// > 0, batch row b reads cache slots[b]; outside of 0..caches it sees nothing; with 0 it reads row b and slots is not read.
+//
+// Target  sm_90a
+//
+// entry                          grid     block  shared       arguments                                                                                                         bytes                 flops
+// attention_fwd_wgmma_d64_bf16   T/128,H,B  384  2048+147592  o lse | q:map k:map v:map slots row_start row_end | T Tk H G k_column v_column caches | scale  2B(2TH+2TkH/G)D+4BTH  4BHTTkD
+// attention_fwd_wgmma_d128_bf16  T/128,H,B  384  2048+163912  o lse | q:map k:map v:map slots row_start row_end | T Tk H G k_column v_column caches | scale  2B(2TH+2TkH/G)D+4BTH  4BHTTkD
+//
+// Needs   D of 64 or 128; rows of all maps 16-byte aligned; no extent of 0. Boxes hold 64 elements of 128 rows, swizzled
+//         by 128 bytes.
+// Rounds  p to bf16 as a factor; o once, on store; sums in f32, fixed order (deterministic).
+#include "common/attention.cuh"
+#include "common/hopper.cuh"
+
+constexpr int QUERIES = 128, KEYS = 128;
+// Threads of the two warpgroups that multiply, and with them the warp that copies.
+constexpr int MULTIPLIERS = 256, ALL = MULTIPLIERS + 32;
+// Barriers: of those who multiply; of those with the one who copies.
+constexpr int CLEANING = 1, VERDICT = 2;
+// Bytes of 64 elements of a tile.
+constexpr u32 SLAB = 128 * 128;
+
+extern __shared__ __align__(1024) char shared_memory[];
+
+// 128 rows of D elements, 64 elements after the other, under the swizzle of 128 bytes.
+struct Slabs {
+    u32 address;
+
+    INLINE u32 at(u32 row, u32 chunk) const { return address + chunk / 8 * SLAB + chunk_at<128>(row, chunk % 8); }
+};
+
+template <int D_>
+struct Layout {
+    static constexpr int D = D_, STAGES = D == 64 ? 4 : 2;
+    static constexpr u32 TILE = D / 64 * SLAB, KEY_RING = TILE, VALUE_RING = KEY_RING + STAGES * TILE,
+                         BARRIERS = VALUE_RING + STAGES * TILE;
+    static constexpr u32 QUERIES_FULL = BARRIERS, KEYS_FULL = BARRIERS + 8, VALUES_FULL = KEYS_FULL + STAGES * 16;
+};
+
+// A stage of a ring, and how often the ring was walked.
+template <int STAGES, u32 TILE>
+struct Stage {
+    u32 tiles, barriers, index = 0, phase = 0;
+
+    INLINE u32 tile() const { return tiles + index * TILE; }
+    // Its phases end when copies have filled it, and when eight warps have read it.
+    INLINE u32 full() const { return barriers + index * 16; }
+    INLINE u32 empty() const { return full() + 8; }
+
+    INLINE void advance() {
+        if (++index == STAGES) index = 0, phase ^= 1;
+    }
+    INLINE void init() {
+        for (; phase == 0; advance()) {
+            init_barrier(full(), 1);
+            init_barrier(empty(), MULTIPLIERS / 32);
+        }
+    }
+};
+
+template <typename L>
+struct Rings {
+    using Ring = Stage<L::STAGES, L::TILE>;
+    Ring keys, values;
+
+    INLINE explicit Rings(u32 shared)
+        : keys{shared + L::KEY_RING, shared + L::KEYS_FULL}, values{shared + L::VALUE_RING, shared + L::VALUES_FULL} {}
+};
+
+// Where a block's queries, keys and values lie in their maps.
+struct Place {
+    int first, head, b, slot, key_column, value_column;
+};
+
+// Whether a result was not finite in the round that everybody has finished.
+INLINE bool again_carefully(const int& spoilt) {
+    meet<VERDICT, ALL>();
+    return *(const volatile int*)&spoilt != 0;
+}
+
+template <typename L>
+INLINE void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, const Place& at, const Span& span, u32 shared,
+                    const int& spoilt) {
+    const bool leads = threadIdx.x == 0;
+    const auto copy = [&](u32 to, const TensorMap& map, u32 barrier, int column, int row, int layer) {
+        if (!leads) return;
+        arrive_expecting(barrier, L::TILE);
+#pragma unroll
+        for (int s = 0; s < L::D / 64; s++) copy_box(to + s * SLAB, map, barrier, column + s * 64, row, layer);
+    };
+    Rings<L> rings(shared);
+    const auto send = [&](typename Rings<L>::Ring& ring, const TensorMap& map, int column, int key) {
+        wait_phase(ring.empty(), ring.phase ^ 1);
+        copy(ring.tile(), map, ring.full(), column, key, at.slot);
+        ring.advance();
+        __syncwarp();
+    };
+    copy(shared, q, shared + L::QUERIES_FULL, at.head * L::D, at.first, at.b);
+    __syncwarp();
+    for (int careful = 0; careful < 2; careful++) {
+        for (int t = 0; t < span.tiles(KEYS); t++) {
+            const int key = span.end - (t + 1) * KEYS;
+            send(rings.keys, k, at.key_column, key);
+            send(rings.values, v, at.value_column, key);
+        }
+        if (careful || !again_carefully(spoilt)) break;
+    }
+}
+
+// A warpgroup's 64 queries: what it knows of them, and where it stands.
+template <typename L>
+struct Rows64 {
+    static constexpr int D = L::D;
+    using Scores = float[1][KEYS / 8][4];
+    using Sums = float[1][D / 8][4];
+    using Weights = u32[KEYS / 16][4];
+
+    Rings<L> rings;
+    // Its queries in shared memory; what the block's queries see, what its own do, and what this lane's first does; that
+    // of the other is eight behind.
+    u32 queries;
+    Span all, own;
+    const int2* seen;
+    float scale;
+
+    INLINE int2 range(int half) const { return seen[half * 8]; }
+
+    INLINE int key(int t) const { return all.end - (t + 1) * KEYS; }
+    INLINE bool meets(int t) const { return own.meets(key(t), key(t) + KEYS); }
+
+    template <typename Ring>
+    INLINE static void release(Ring& ring) {
+        if (threadIdx.x % 32 == 0) arrive(ring.empty());
+        ring.advance();
+    }
+    template <typename Ring>
+    INLINE static void pass(Ring& ring) {
+        wait_phase(ring.full(), ring.phase);
+        release(ring);
+    }
+
+    // Begins s = q k^T with the tile of keys.
+    INLINE void begin_scores(Scores& s) const {
+        wait_phase(rings.keys.full(), rings.keys.phase);
+        begin_products();
+#pragma unroll
+        for (int d = 0; d < D / 16; d++) {
+            const u32 at = d / 4 * SLAB + d % 4 * 32;
+            multiply_add<true, true>(s[0], matrix_at(queries + at, 0), matrix_at(rings.keys.tile() + at, 0), d > 0);
+        }
+        commit_products();
+    }
+
+    // Begins o += p v with the tile of values.
+    INLINE void begin_sums(Sums& o, const Weights& p) const {
+        const u64 values = matrix_at(rings.values.tile(), SLAB);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) multiply_add<false>(o[0], p[k], values + k * (16 * 128 >> 4), true);
+        commit_products();
+    }
+
+    INLINE void weigh(Scores& s, Softmax<1>& softmax, float (&shrink)[1][2], int t) const {
+        if (!own.whole(key(t), key(t) + KEYS)) hide(s, key(t), [&](int, int half) { return range(half); }, -INFINITY);
+        softmax.weigh(s, shrink, scale * LOG2_E);
+    }
+
+    INLINE static void as_factors(Weights& p, const Scores& s) {
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) as_factor(p[k], s[0], k);
+    }
+
+    // All tiles, the products of one beside the softmax of the next.
+    INLINE void attend(Sums& o, Softmax<1>& softmax) {
+        const int tiles = all.tiles(KEYS);
+        int t = 0;
+        for (; t < tiles && !meets(t); t++) pass(rings.keys), pass(rings.values);
+        if (t < tiles) {
+            Scores s;
+            Weights p;
+            float shrink[1][2];
+            begin_scores(s);
+            wait_products<0>();
+            release(rings.keys);
+            weigh(s, softmax, shrink, t);
+            as_factors(p, s);
+            for (t++; t < tiles && meets(t); t++) {
+                begin_scores(s);
+                wait_phase(rings.values.full(), rings.values.phase);
+                begin_sums(o, p);
+                wait_products<1>();
+                release(rings.keys);
+                weigh(s, softmax, shrink, t);
+                wait_products<0>();
+                release(rings.values);
+                scale_rows(o, shrink);
+                as_factors(p, s);
+            }
+            wait_phase(rings.values.full(), rings.values.phase);
+            begin_sums(o, p);
+            wait_products<0>();
+            release(rings.values);
+        }
+        for (; t < tiles; t++) pass(rings.keys), pass(rings.values);
+    }
+
+    // The same numbers in the same order, one after the other, from values that are finite where not all queries of
+    // the block see them.
+    INLINE void attend_carefully(Sums& o, Softmax<1>& softmax) {
+        for (int t = 0; t < all.tiles(KEYS); t++) {
+            Weights p;
+            if (meets(t)) {
+                Scores s;
+                float shrink[1][2];
+                begin_scores(s);
+                wait_products<0>();
+                weigh(s, softmax, shrink, t);
+                scale_rows(o, shrink);
+                as_factors(p, s);
+                release(rings.keys);
+            } else {
+                pass(rings.keys);
+            }
+            wait_phase(rings.values.full(), rings.values.phase);
+            if (!all.whole(key(t), key(t) + KEYS)) set_aside(o, t);
+            if (meets(t)) {
+                begin_sums(o, p);
+                wait_products<0>();
+            }
+            release(rings.values);
+        }
+    }
+
+    INLINE void set_aside(Sums& o, int t) const {
+        const u32 tile = rings.values.tile();
+        give_to_those_who_see<KEYS>(o, Slabs{tile}, [&](int n, int, int half) { return sees(range(half), key(t) + n); });
+        meet<CLEANING, MULTIPLIERS>();
+        clean(tile, L::TILE, threadIdx.x - 128, MULTIPLIERS);
+        fence_writes();
+        meet<CLEANING, MULTIPLIERS>();
+    }
+};
+
+template <int D>
+INLINE void forward(bf16* o, float* lse, const TensorMap& q, const TensorMap& k, const TensorMap& v, const int* slots,
+                    const int* row_start, const int* row_end, u32 queries, u32 keys, u32 heads, u32 group, u32 k_column,
+                    u32 v_column, u32 caches, float scale) {
+    using L = Layout<D>;
+    __shared__ int2 intervals[QUERIES];
+    __shared__ Span spans[QUERIES / 32];
+    __shared__ int spoilt;
+    const u32 shared = shared_address(shared_memory), lane = threadIdx.x % 32;
+    // The last queries see the most keys, where later ones see more: they begin first.
+    const int first = (gridDim.x - 1 - blockIdx.x) * QUERIES, head = blockIdx.y, b = blockIdx.z;
+    const int slot = cache_of(slots, caches, b), kv = head / group * D;
+
+    if (threadIdx.x < QUERIES) {
+        const int n = first + threadIdx.x;
+        int2 range = make_int2(0, 0);
+        if (n < int(queries) && slot >= 0) range = interval(row_start, row_end, u64(b) * queries + n, keys);
+        intervals[threadIdx.x] = range;
+        const Span span = Span::of(range).across_warp();
+        if (lane == 0) spans[threadIdx.x / 32] = span;
+    }
+    if (threadIdx.x == 0) {
+        prefetch_map(q);
+        prefetch_map(k);
+        prefetch_map(v);
+        spoilt = 0;
+        init_barrier(shared + L::QUERIES_FULL, 1);
+        Rings<L> rings(shared);
+        rings.keys.init();
+        rings.values.init();
+        fence_barrier_init();
+    }
+    __syncthreads();
+    const Span all = spans[0].with(spans[1]).with(spans[2]).with(spans[3]);
+
+    if (threadIdx.x < 128) {
+        release_registers<24>();
+        if (threadIdx.x >= 32) return;
+        produce<L>(q, k, v, {first, head, b, slot, int(k_column) + kv, int(v_column) + kv}, all, shared, spoilt);
+        return;
+    }
+    claim_registers<240>();
+    const u32 half_block = threadIdx.x / 128 - 1, own = threadIdx.x / 32 % 4 * 16, row = half_block * 64 + own;
+    const Span half_span = spans[half_block * 2].with(spans[half_block * 2 + 1]);
+    Rows64<L> rows{Rings<L>(shared), shared + half_block * (64 * 128), all, half_span,
+                   intervals + row + lane / 4, scale};
+    float sum[1][D / 8][4];
+    Softmax<1> softmax;
+    const auto begin = [&] { clear(sum), softmax.begin(); };
+    begin();
+    wait_phase(shared + L::QUERIES_FULL, 0);
+    rows.attend(sum, softmax);
+    if (largest(sum) >= __float_as_int(INFINITY)) *(volatile int*)&spoilt = 1;
+    if (again_carefully(spoilt)) {
+        begin();
+        rows.attend_carefully(sum, softmax);
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int2 range = rows.range(half);
+        const float log_sum = softmax.finish(sum, 0, half, range.x < range.y, scale);
+        const int n = first + row + half * 8 + lane / 4;
+        if (lane % 4 == 0 && n < int(queries)) lse[(u64(b) * heads + head) * queries + n] = log_sum;
+    }
+    const u64 to = ((u64(b) * queries + first) * heads + head) * D;
+    send_rows(o + to, u64(heads) * D, int(queries) - first, sum, Slabs{shared}, row);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    attention_fwd_wgmma_d64_bf16(bf16* o, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
+        const __grid_constant__ TensorMap v, const int* slots, const int* row_start, const int* row_end, u32 queries,
+        u32 keys, u32 heads, u32 group, u32 k_column, u32 v_column, u32 caches, float scale) {
+    forward<64>(o, lse, q, k, v, slots, row_start, row_end, queries, keys, heads, group, k_column, v_column, caches, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    attention_fwd_wgmma_d128_bf16(bf16* o, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
+        const __grid_constant__ TensorMap v, const int* slots, const int* row_start, const int* row_end, u32 queries,
+        u32 keys, u32 heads, u32 group, u32 k_column, u32 v_column, u32 caches, float scale) {
+    forward<128>(o, lse, q, k, v, slots, row_start, row_end, queries, keys, heads, group, k_column, v_column, caches, scale);
+}
