@@ -1095,8 +1095,35 @@ fn device_cases() -> Vec<Case> {
         cases.extend(slots.map(|(name, heads, queries, columns, slots)| {
             cached_case(&format!("{name}, heads of {d}"), heads, queries, columns * d, slots).large()
         }));
+        // The widths that Hopper has kernels for: walks that wrap their rings, and halves of a block that see different
+        // tiles, or none.
+        let walks: [(&str, usize, Mask); 5] = [
+            ("a long walk", 647, causal(647)),
+            (
+                "many documents",
+                389,
+                documents(&[(150, 0..0), (3, 0..0), (60, 9..41), (130, 0..128), (46, 0..0)]),
+            ),
+            ("windows far behind", 397, bounds(397, |i, _| (i - 290, i - 97))),
+            (
+                "halves that see nothing",
+                263,
+                bounds(263, |i, t| if i / 64 % 2 == 0 { (0, 0) } else { (5, t) }),
+            ),
+            (
+                "halves far apart",
+                523,
+                bounds(523, |i, t| if i / 64 % 2 == 0 { (0, 31) } else { (t - 13, t) }),
+            ),
+        ];
+        if d >= 64 {
+            cases.extend(walks.map(|(name, t, mask)| {
+                packed_case(&format!("{name}, heads of {d}"), heads(1, 1, d), 1, t, mask).large()
+            }));
+        }
         let long = [
-            ("one query over many keys", heads(2, 2, d), [1, 331], 2, &[3, 1][..]),
+            ("many queries over many keys", heads(2, 1, d), [130, 331], 2, &[3, -1][..]),
+            ("one query over many keys", heads(2, 2, d), [1, 331], 2, &[3, 1]),
             ("a group's queries over many keys", heads(4, 1, d), [2, 523], 4, &[4, -1, 0]),
         ];
         cases.extend(long.map(|(name, heads, sizes, columns, slots)| {
