@@ -125,6 +125,8 @@ pub(super) fn cases() -> Vec<Case> {
     let case = |name: &str, at: usize, cache: [usize; 3], slots: &[i32], positions: &[i32]| {
         wide(name.into(), at, cache, 2 * cache[2] + 1, (slots, positions))
     };
+    // The last batch row goes where the first does, those between them elsewhere.
+    let around: Vec<i32> = (0..12 * 9).map(|n| if n < 11 * 9 { n } else { n - 11 * 9 }).collect();
     let prompt: Vec<i32> = (0..5 * 31).map(|n| n % 31 - 2).collect();
     let mut cases = vec![
         case("one token", 0, [1, 1, 1], &[0], &[0]),
@@ -132,6 +134,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("prompts", 8, [7, 29, 7], &[6, 1, -1, 3, 0], &prompt),
         // The last of the rows that meet stays, within a batch row and between them.
         case("meetings", 2, [2, 4, 9], &[1, 0, 1], &[3, 3, 0, 1, 1, 3, 0, 0, 1, 2, 3, 9]),
+        case("meetings around others", 1, [1, 100, 8], &[0; 12], &around),
         case("all in one place", 1, [1, 2, 8], &[0; 3], &[1; 3 * 70]),
     ];
     // Decoding and prompts: rows of whole vectors, of none, and odd ones; idle slots; rows beyond a warp's.
