@@ -23,53 +23,17 @@
 // Needs   D of 64 or 128; rows of all maps 16-byte aligned; no extent of 0. Boxes hold 64 elements of 128 rows, swizzled
 //         by 128 bytes.
 // Rounds  p to bf16 as a factor; o once, on store; sums in f32, fixed order (deterministic).
-#include "common/attention.cuh"
-#include "common/hopper.cuh"
+#include "common/warpgroups.cuh"
 
 constexpr int QUERIES = 128, KEYS = 128;
-// Threads of the two warpgroups that multiply, and with them the warp that copies.
-constexpr int MULTIPLIERS = 256, ALL = MULTIPLIERS + 32;
-// Barriers: of those who multiply; of those with the one who copies.
-constexpr int CLEANING = 1, VERDICT = 2;
-// Bytes of 64 elements of a tile.
-constexpr u32 SLAB = 128 * 128;
-
 extern __shared__ __align__(1024) char shared_memory[];
-
-// 128 rows of D elements, 64 elements after the other, under the swizzle of 128 bytes.
-struct Slabs {
-    u32 address;
-
-    INLINE u32 at(u32 row, u32 chunk) const { return address + chunk / 8 * SLAB + chunk_at<128>(row, chunk % 8); }
-};
 
 template <int D_>
 struct Layout {
     static constexpr int D = D_, STAGES = D == 64 ? 4 : 2;
-    static constexpr u32 TILE = D / 64 * SLAB, KEY_RING = TILE, VALUE_RING = KEY_RING + STAGES * TILE,
+    static constexpr u32 TILE = D / 64 * SLAB<128>, KEY_RING = TILE, VALUE_RING = KEY_RING + STAGES * TILE,
                          BARRIERS = VALUE_RING + STAGES * TILE;
     static constexpr u32 QUERIES_FULL = BARRIERS, KEYS_FULL = BARRIERS + 8, VALUES_FULL = KEYS_FULL + STAGES * 16;
-};
-
-// A stage of a ring, and how often the ring was walked.
-template <int STAGES, u32 TILE>
-struct Stage {
-    u32 tiles, barriers, index = 0, phase = 0;
-
-    INLINE u32 tile() const { return tiles + index * TILE; }
-    // Its phases end when copies have filled it, and when eight warps have read it.
-    INLINE u32 full() const { return barriers + index * 16; }
-    INLINE u32 empty() const { return full() + 8; }
-
-    INLINE void advance() {
-        if (++index == STAGES) index = 0, phase ^= 1;
-    }
-    INLINE void init() {
-        for (; phase == 0; advance()) {
-            init_barrier(full(), 1);
-            init_barrier(empty(), MULTIPLIERS / 32);
-        }
-    }
 };
 
 template <typename L>
@@ -86,25 +50,18 @@ struct Place {
     int first, head, b, slot, key_column, value_column;
 };
 
-// Whether a result was not finite in the round that everybody has finished.
-INLINE bool again_carefully(const int& spoilt) {
-    meet<VERDICT, ALL>();
-    return *(const volatile int*)&spoilt != 0;
-}
-
 template <typename L>
 INLINE void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, const Place& at, const Span& span, u32 shared,
-                    const int& spoilt) {
+                    int& spoilt) {
     const bool leads = threadIdx.x == 0;
     const auto copy = [&](u32 to, const TensorMap& map, u32 barrier, int column, int row, int layer) {
         if (!leads) return;
         arrive_expecting(barrier, L::TILE);
-#pragma unroll
-        for (int s = 0; s < L::D / 64; s++) copy_box(to + s * SLAB, map, barrier, column + s * 64, row, layer);
+        copy_slabs<L::D, 128>(to, map, barrier, column, row, layer);
     };
     Rings<L> rings(shared);
     const auto send = [&](typename Rings<L>::Ring& ring, const TensorMap& map, int column, int key) {
-        wait_phase(ring.empty(), ring.phase ^ 1);
+        ring.wait_empty();
         copy(ring.tile(), map, ring.full(), column, key, at.slot);
         ring.advance();
         __syncwarp();
@@ -117,7 +74,7 @@ INLINE void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, 
             send(rings.keys, k, at.key_column, key);
             send(rings.values, v, at.value_column, key);
         }
-        if (careful || !again_carefully(spoilt)) break;
+        if (careful || !again_carefully(spoilt, 0)) break;
     }
 }
 
@@ -127,7 +84,6 @@ struct Rows64 {
     static constexpr int D = L::D;
     using Scores = float[1][KEYS / 8][4];
     using Sums = float[1][D / 8][4];
-    using Weights = u32[KEYS / 16][4];
 
     Rings<L> rings;
     // Its queries in shared memory; what the block's queries see, what its own do, and what this lane's first does; that
@@ -142,36 +98,9 @@ struct Rows64 {
     INLINE int key(int t) const { return all.end - (t + 1) * KEYS; }
     INLINE bool meets(int t) const { return own.meets(key(t), key(t) + KEYS); }
 
-    template <typename Ring>
-    INLINE static void release(Ring& ring) {
-        if (threadIdx.x % 32 == 0) arrive(ring.empty());
-        ring.advance();
-    }
-    template <typename Ring>
-    INLINE static void pass(Ring& ring) {
-        wait_phase(ring.full(), ring.phase);
-        release(ring);
-    }
-
-    // Begins s = q k^T with the tile of keys.
     INLINE void begin_scores(Scores& s) const {
-        wait_phase(rings.keys.full(), rings.keys.phase);
-        begin_products();
-#pragma unroll
-        for (int d = 0; d < D / 16; d++) {
-            const u32 at = d / 4 * SLAB + d % 4 * 32;
-            multiply_add<true, true>(s[0], matrix_at(queries + at, 0), matrix_at(rings.keys.tile() + at, 0), d > 0);
-        }
-        commit_products();
-    }
-
-    // Begins o += p v with the tile of values.
-    INLINE void begin_sums(Sums& o, const Weights& p) const {
-        const u64 values = matrix_at(rings.values.tile(), SLAB);
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) multiply_add<false>(o[0], p[k], values + k * (16 * 128 >> 4), true);
-        commit_products();
+        rings.keys.wait();
+        begin_dots<D, QUERIES, KEYS>(s, queries, rings.keys.tile());
     }
 
     INLINE void weigh(Scores& s, Softmax<1>& softmax, float (&shrink)[1][2], int t) const {
@@ -179,50 +108,45 @@ struct Rows64 {
         softmax.weigh(s, shrink, scale * LOG2_E);
     }
 
-    INLINE static void as_factors(Weights& p, const Scores& s) {
-#pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) as_factor(p[k], s[0], k);
-    }
-
     // All tiles, the products of one beside the softmax of the next.
     INLINE void attend(Sums& o, Softmax<1>& softmax) {
         const int tiles = all.tiles(KEYS);
         int t = 0;
-        for (; t < tiles && !meets(t); t++) pass(rings.keys), pass(rings.values);
+        for (; t < tiles && !meets(t); t++) rings.keys.pass(), rings.values.pass();
         if (t < tiles) {
             Scores s;
-            Weights p;
+            Factor<KEYS> p;
             float shrink[1][2];
             begin_scores(s);
             wait_products<0>();
-            release(rings.keys);
+            rings.keys.release();
             weigh(s, softmax, shrink, t);
-            as_factors(p, s);
+            as_factors<KEYS>(p, s);
             for (t++; t < tiles && meets(t); t++) {
                 begin_scores(s);
-                wait_phase(rings.values.full(), rings.values.phase);
-                begin_sums(o, p);
+                rings.values.wait();
+                begin_sums<D, KEYS>(o, p, rings.values.tile());
                 wait_products<1>();
-                release(rings.keys);
+                rings.keys.release();
                 weigh(s, softmax, shrink, t);
                 wait_products<0>();
-                release(rings.values);
+                rings.values.release();
                 scale_rows(o, shrink);
-                as_factors(p, s);
+                as_factors<KEYS>(p, s);
             }
-            wait_phase(rings.values.full(), rings.values.phase);
-            begin_sums(o, p);
+            rings.values.wait();
+            begin_sums<D, KEYS>(o, p, rings.values.tile());
             wait_products<0>();
-            release(rings.values);
+            rings.values.release();
         }
-        for (; t < tiles; t++) pass(rings.keys), pass(rings.values);
+        for (; t < tiles; t++) rings.keys.pass(), rings.values.pass();
     }
 
     // The same numbers in the same order, one after the other, from values that are finite where not all queries of
     // the block see them.
     INLINE void attend_carefully(Sums& o, Softmax<1>& softmax) {
         for (int t = 0; t < all.tiles(KEYS); t++) {
-            Weights p;
+            Factor<KEYS> p;
             if (meets(t)) {
                 Scores s;
                 float shrink[1][2];
@@ -230,28 +154,25 @@ struct Rows64 {
                 wait_products<0>();
                 weigh(s, softmax, shrink, t);
                 scale_rows(o, shrink);
-                as_factors(p, s);
-                release(rings.keys);
+                as_factors<KEYS>(p, s);
+                rings.keys.release();
             } else {
-                pass(rings.keys);
+                rings.keys.pass();
             }
-            wait_phase(rings.values.full(), rings.values.phase);
+            rings.values.wait();
             if (!all.whole(key(t), key(t) + KEYS)) set_aside(o, t);
             if (meets(t)) {
-                begin_sums(o, p);
+                begin_sums<D, KEYS>(o, p, rings.values.tile());
                 wait_products<0>();
             }
-            release(rings.values);
+            rings.values.release();
         }
     }
 
     INLINE void set_aside(Sums& o, int t) const {
         const u32 tile = rings.values.tile();
-        give_to_those_who_see<KEYS>(o, Slabs{tile}, [&](int n, int, int half) { return sees(range(half), key(t) + n); });
-        meet<CLEANING, MULTIPLIERS>();
-        clean(tile, L::TILE, threadIdx.x - 128, MULTIPLIERS);
-        fence_writes();
-        meet<CLEANING, MULTIPLIERS>();
+        give_to_those_who_see<KEYS>(o, Slabs<128>{tile}, [&](int n, int, int half) { return sees(range(half), key(t) + n); });
+        clean_together([&] { clean_rows<D, KEYS, KEYS>(tile); });
     }
 };
 
@@ -307,8 +228,7 @@ INLINE void forward(bf16* o, float* lse, const TensorMap& q, const TensorMap& k,
     begin();
     wait_phase(shared + L::QUERIES_FULL, 0);
     rows.attend(sum, softmax);
-    if (largest(sum) >= __float_as_int(INFINITY)) *(volatile int*)&spoilt = 1;
-    if (again_carefully(spoilt)) {
+    if (again_carefully(spoilt, largest(sum))) {
         begin();
         rows.attend_carefully(sum, softmax);
     }
@@ -321,7 +241,7 @@ INLINE void forward(bf16* o, float* lse, const TensorMap& q, const TensorMap& k,
         if (lane % 4 == 0 && n < int(queries)) lse[(u64(b) * heads + head) * queries + n] = log_sum;
     }
     const u64 to = ((u64(b) * queries + first) * heads + head) * D;
-    send_rows(o + to, u64(heads) * D, int(queries) - first, sum, Slabs{shared}, row);
+    send_rows(o + to, u64(heads) * D, int(queries) - first, sum, Slabs<128>{shared}, row);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)

@@ -149,12 +149,11 @@ impl Exam {
         let mut questions: Vec<Question> = all.filter_map(|q| question(q, stem, targets)).collect();
         // The small first: a fault shows soon.
         questions.sort_by_key(Question::flops);
-        let secrets = match stem {
-            "attention" | "attention_decode" => attended::secrets(&[32, 64, 128]),
-            _ => {
-                let small = questions.iter().filter(|q| q.flops() <= SECRET_FLOPS);
-                small.filter_map(|q| rows::secret(&q.case, &q.application)).collect()
-            }
+        let secrets = if tables == ["attention"] {
+            attended::secrets(&[32, 64, 128])
+        } else {
+            let small = questions.iter().filter(|q| q.flops() <= SECRET_FLOPS);
+            small.filter_map(|q| rows::secret(&q.case, &q.application)).collect()
         };
         Exam { targets, questions, secrets }
     }
@@ -223,7 +222,7 @@ fn machines(stem: &str) -> &'static [Target] {
 /// The case tables that a module is held under.
 fn tables(stem: &str) -> Vec<&str> {
     match stem {
-        "attention_decode" | "attention_wgmma" => vec!["attention"],
+        "attention_decode" | "attention_wgmma" | "attention_bwd_wgmma" => vec!["attention"],
         "linear_few" => vec!["linear"],
         "linear_wgmma" => vec!["linear", "cross_entropy"],
         "gather_rows" => vec!["gather_rows", "embedding"],

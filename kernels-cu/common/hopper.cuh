@@ -60,6 +60,14 @@ INLINE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 
                  : "memory");
 }
 
+// Begins to copy so many bytes, a multiple of 16 that lie at one, to shared memory; they count at the barrier.
+// 9.7.9.25.4.1 cp.async.bulk
+INLINE void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // Shows what this thread has written to shared memory to products and copies.   9.7.13.4 fence.proxy.async
 INLINE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -145,6 +153,29 @@ INLINE void multiply_add(float (&c)[8][4][4], u64 a, u64 b, bool keep) {
                  "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
                  "}, %128, %129, keep, 1, 1, %131, %132;\n}"
                  : SUMS64(0), SUMS64(64)
+                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
+                 : "memory");
+}
+
+template <bool A_ALONG, bool B_ALONG>
+INLINE void multiply_add(float (&c)[4][4], u64 a, u64 b, bool keep) {
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+                 "}, %16, %17, keep, 1, 1, %19, %20;\n}"
+                 : SUMS16(0)
+                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
+                 : "memory");
+}
+
+template <bool A_ALONG, bool B_ALONG>
+INLINE void multiply_add(float (&c)[8][4], u64 a, u64 b, bool keep) {
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                 "}, %32, %33, keep, 1, 1, %35, %36;\n}"
+                 : SUMS16(0), SUMS16(16)
                  : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
                  : "memory");
 }

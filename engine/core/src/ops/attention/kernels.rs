@@ -1,5 +1,5 @@
 //! What `kernels-cu/attention.cu` and, for few queries, `attention_decode.cu` are launched with; on Hopper
-//! `attention_wgmma.cu`.
+//! `attention_wgmma.cu` and `attention_bwd_wgmma.cu`.
 use super::super::prelude::*;
 use super::Attention;
 use crate::launch::{Geometry, Operand};
@@ -12,11 +12,14 @@ const SPAN: u32 = 64;
 /// Keys of a forward tile.
 const KEYS: u32 = 64;
 
-/// Threads of a block on Hopper, and rows of each of its tiles.
+/// Threads of a block on Hopper, and the rows that it keeps.
 const HOPPER_THREADS: u32 = 384;
 const HOPPER_ROWS: u32 = 128;
-/// What a block has besides.
-const HOPPER_STATIC: u32 = 2048;
+/// Keys that pass by a block forward, and queries or keys backward.
+const HOPPER_FORWARD: u32 = 128;
+const HOPPER_BACKWARD: u32 = 64;
+/// The most that a block has besides.
+const HOPPER_STATIC: u32 = 3072;
 
 /// Most queries of a batch row that are decoded: their keys are split over blocks.
 const DECODED: u32 = 4;
@@ -62,15 +65,30 @@ impl Width {
         2 * self.tile(QUERIES) + 4 * self.tile(self.passing_keys)
     }
 
-    /// On Hopper: queries, the stages of keys and values, and their barriers. Narrow heads have no kernel there.
-    fn hopper_shared(self) -> Option<u32> {
-        let stages = match self.width {
-            64 => 4,
-            128 => 2,
+    /// On Hopper; narrow heads have no kernels there.
+    fn hopper(self) -> Option<Hopper> {
+        let ring =
+            |own: u32, stages: u32, stage: u32| own * self.tile(HOPPER_ROWS) + stages * (stage + 16) + 8;
+        let [forward, keys] = match self.width {
+            64 => [4, 4],
+            128 => [2, 3],
             _ => return None,
         };
-        Some((1 + 2 * stages) * self.tile(HOPPER_ROWS) + 8 + 2 * stages * 16)
+        let passing = 2 * self.tile(HOPPER_BACKWARD);
+        Some(Hopper {
+            forward: ring(1, 2 * forward, self.tile(HOPPER_FORWARD)),
+            keys: ring(2, keys, passing + HOPPER_BACKWARD * 16 + 1024),
+            queries: ring(2, 4, passing),
+        })
     }
+}
+
+/// Dynamic shared bytes on Hopper: tiles that a block keeps, the stages of what passes by, and their barriers.
+#[derive(Clone, Copy, Debug)]
+struct Hopper {
+    forward: u32,
+    keys: u32,
+    queries: u32,
 }
 
 /// The operands of either form, as the kernels receive them.
@@ -90,7 +108,8 @@ struct Problem {
     kv_heads: u32,
     q_stride: u32,
     kv_stride: u32,
-    /// How many caches there are; 0 where batch rows hold their own keys.
+    /// Whether keys lie in caches, and how many there are; 0 where batch rows hold their own.
+    slotted: bool,
     caches: u32,
     scale: f32,
 }
@@ -141,6 +160,7 @@ impl Problem {
             kv_heads: size(h.kv_heads)?,
             q_stride,
             kv_stride,
+            slotted: op.cached,
             caches: if op.cached { size(ins[1].shape.dims()[0])? } else { 0 },
             scale: (1.0 / (h.width as f64).sqrt()) as f32,
         })
@@ -160,6 +180,12 @@ impl Problem {
     /// Blocks over tiles of queries, heads and batch rows.
     fn over_queries(&self, tile: u32) -> [u32; 3] {
         [self.queries.div_ceil(tile), self.heads, self.batch]
+    }
+
+    /// Blocks over tiles of keys, heads of keys, and caches or batch rows.
+    fn over_keys(&self, tile: u32) -> [u32; 3] {
+        let caches = if self.slotted { self.caches } else { self.batch };
+        [self.keys.div_ceil(tile), self.kv_heads, caches]
     }
 
     /// Few queries over many keys: splits of the keys, and a pass that merges them.
@@ -196,14 +222,15 @@ impl Problem {
         Ok(Kernels { scratch, launches: vec![decode, merge] })
     }
 
-    /// What the kernel of Hopper shares, where there is one and it can read the operands: a tensor map is never empty.
-    fn hopper_shared(&self, on: &Target) -> Option<u32> {
+    /// Hopper's kernels, where there are some that can read the operands: a tensor map is never empty.
+    fn hopper(&self, on: &Target) -> Option<Hopper> {
         let there = on.arch == Target::H200.arch && self.keys > 0 && self.kv_stride > 0;
-        self.width.hopper_shared().filter(|shared| there && *shared + HOPPER_STATIC <= on.shared)
+        let fits = |h: &Hopper| h.forward.max(h.keys).max(h.queries) + HOPPER_STATIC <= on.shared;
+        self.width.hopper().filter(|h| there && fits(h))
     }
 
-    /// A tensor map of rows of queries or keys: so many in each batch row or cache.
-    fn map(&self, of: &Arg, layers: u32, rows: u32, stride: u32) -> Arg {
+    /// A tensor map of rows, so many in each batch row or cache, that `height` at a time are copied of.
+    fn map(of: &Arg, [layers, rows, stride]: [u32; 3], height: u32) -> Arg {
         let &Arg::Address(operand, _) = of else { return of.clone() };
         let row = u64::from(stride) * 2;
         let geometry = Geometry {
@@ -211,33 +238,105 @@ impl Problem {
             element: 2,
             extents: vec![stride.into(), rows.into(), layers.into()],
             strides: vec![row, row * u64::from(rows)],
-            tile: vec![64, HOPPER_ROWS, 1],
+            tile: vec![64, height, 1],
             swizzle: 128,
         };
         Arg::Map(operand, geometry)
     }
 
-    /// The column of a row in which the first head begins.
-    fn column(of: &Arg) -> Result<Arg, String> {
-        match of {
-            Arg::Address(_, offset) => Arg::size(*offset as usize / 2),
-            _ => Ok(Arg::U32(0)),
-        }
+    /// Maps of queries, keys and values.
+    fn maps(&self, height: u32) -> [Arg; 3] {
+        let layers = if self.caches > 0 { self.caches } else { self.batch };
+        let kv = |of| Self::map(of, [layers, self.keys, self.kv_stride], height);
+        [Self::map(&self.q, [self.batch, self.queries, self.q_stride], height), kv(&self.k), kv(&self.v)]
     }
 
-    fn hopper(&self, shared: u32) -> Result<Kernels, String> {
-        let layers = if self.caches > 0 { self.caches } else { self.batch };
-        let keys = |of| self.map(of, layers, self.keys, self.kv_stride);
+    /// The columns of a row in which the first head of keys and that of values begin.
+    fn columns(&self) -> Result<[Arg; 2], String> {
+        let of = |of: &Arg| match of {
+            Arg::Address(_, offset) => Arg::size(*offset as usize / 2),
+            _ => Ok(Arg::U32(0)),
+        };
+        Ok([of(&self.k)?, of(&self.v)?])
+    }
+
+    fn group(&self) -> u32 {
+        self.heads / self.kv_heads
+    }
+
+    fn hopper_forward(&self, shared: u32) -> Result<Launch, String> {
         let mut args = vec![Arg::output(0), Arg::output(1)];
-        args.push(self.map(&self.q, self.batch, self.queries, self.q_stride));
-        args.extend([keys(&self.k), keys(&self.v)]);
+        args.extend(self.maps(HOPPER_FORWARD));
         args.extend([&self.slots, &self.start, &self.end].map(Arg::clone));
-        args.extend([self.queries, self.keys, self.heads, self.heads / self.kv_heads].map(Arg::U32));
-        args.extend([Self::column(&self.k)?, Self::column(&self.v)?, Arg::U32(self.caches)]);
-        args.push(Arg::F32(self.scale));
+        args.extend([self.queries, self.keys, self.heads, self.group()].map(Arg::U32));
+        args.extend(self.columns()?);
+        args.extend([Arg::U32(self.caches), Arg::F32(self.scale)]);
         let grid = self.over_queries(HOPPER_ROWS);
-        let launch = Launch::kernel(self.entry("fwd_wgmma"), grid, HOPPER_THREADS, shared, args);
-        Ok(Kernels { scratch: vec![], launches: vec![launch] })
+        Ok(Launch::kernel(self.entry("fwd_wgmma"), grid, HOPPER_THREADS, shared, args))
+    }
+
+    /// The launch that makes dk and dv, and the one that makes dq, of what was prepared.
+    fn hopper_backward(
+        &self,
+        h: Hopper,
+        [dq, dk, dv]: [Arg; 3],
+        grad: &Arg,
+        prepared: &[Arg; 3],
+    ) -> Result<[Launch; 2], String> {
+        let width = self.heads * self.width.width;
+        let grad = Self::map(grad, [self.batch, self.queries, width], HOPPER_BACKWARD);
+        let reads = self.maps(HOPPER_BACKWARD).into_iter().chain([grad]).chain(prepared.iter().cloned());
+        let reads: Vec<Arg> = reads.chain([self.slots.clone()]).collect();
+        let args = |outs: &[Arg], batch: Option<u32>, stride: u32| {
+            let sizes = [self.queries, self.keys, self.heads, self.group(), stride];
+            let sizes = batch.into_iter().chain(sizes).map(Arg::U32).chain(self.columns()?);
+            let last = [Arg::U32(self.caches), Arg::F32(self.scale)];
+            Ok::<_, String>(outs.iter().chain(&reads).cloned().chain(sizes).chain(last).collect())
+        };
+        let launch = |pass, grid, shared, args| {
+            Launch::kernel(self.entry(&format!("{pass}_wgmma")), grid, HOPPER_THREADS, shared, args)
+        };
+        Ok([
+            launch(
+                "bwd_keys",
+                self.over_keys(HOPPER_ROWS),
+                h.keys,
+                args(&[dk, dv], Some(self.batch), self.kv_stride)?,
+            ),
+            launch(
+                "bwd_queries",
+                self.over_queries(HOPPER_ROWS),
+                h.queries,
+                args(&[dq], None, self.q_stride)?,
+            ),
+        ])
+    }
+
+    /// The launch that makes dk and dv, and the one that makes dq, of what was prepared.
+    fn backward(&self, [dq, dk, dv]: [Arg; 3], grad: &Arg, prepared: &[Arg; 3]) -> [Launch; 2] {
+        let width = self.width;
+        let reads = [&self.q, &self.k, &self.v, grad].into_iter().chain(prepared).chain([&self.slots]);
+        let reads: Vec<Arg> = reads.cloned().collect();
+        let args = |outs: &[Arg], batch: Option<u32>| {
+            let all = outs.iter().chain(&reads).cloned();
+            all.chain(batch.map(Arg::U32)).chain(self.sizes()).collect()
+        };
+        [
+            Launch::kernel(
+                self.entry("bwd_keys"),
+                self.over_keys(width.own_keys),
+                THREADS,
+                width.keys_shared(),
+                args(&[dk, dv], Some(self.batch)),
+            ),
+            Launch::kernel(
+                self.entry("bwd_queries"),
+                self.over_queries(QUERIES),
+                THREADS,
+                width.queries_shared(),
+                args(&[dq], None),
+            ),
+        ]
     }
 
     fn is_empty(&self) -> bool {
@@ -253,8 +352,8 @@ pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kerne
     if p.queries <= DECODED {
         return p.decode(on);
     }
-    if let Some(shared) = p.hopper_shared(on) {
-        return p.hopper(shared);
+    if let Some(h) = p.hopper(on) {
+        return Ok(Kernels { scratch: vec![], launches: vec![p.hopper_forward(h.forward)?] });
     }
     let mut args = vec![Arg::output(0), Arg::output(1)];
     args.extend([&p.q, &p.k, &p.v, &p.slots, &p.start, &p.end].map(Arg::clone));
@@ -290,30 +389,13 @@ pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target)
     args.extend([p.queries, p.keys, p.heads, p.caches].map(Arg::U32));
     let prepare = Launch::kernel(p.entry("bwd_prepare"), p.over_queries(SPAN), THREADS, 0, args);
 
-    let reads: Vec<Arg> =
-        [&p.q, &p.k, &p.v, &grad].into_iter().chain(&prepared).chain([&p.slots]).cloned().collect();
-    let mut args = vec![dk, dv];
-    args.extend(reads.clone());
-    args.push(Arg::U32(p.batch));
-    args.extend(p.sizes());
-    let caches = if op.cached { p.caches } else { p.batch };
-    let grid = [p.keys.div_ceil(p.width.own_keys), p.kv_heads, caches];
-    let keys = Launch::kernel(p.entry("bwd_keys"), grid, THREADS, p.width.keys_shared(), args);
-
-    let mut args = vec![dq];
-    args.extend(reads);
-    args.extend(p.sizes());
-    let queries = Launch::kernel(
-        p.entry("bwd_queries"),
-        p.over_queries(QUERIES),
-        THREADS,
-        p.width.queries_shared(),
-        args,
-    );
-
+    let [keys, queries] = match p.hopper(on) {
+        Some(h) => p.hopper_backward(h, [dq, dk, dv], &grad, &prepared)?,
+        None => p.backward([dq, dk, dv], &grad, &prepared),
+    };
     // Columns of packed rows beside the queries.
     let others = (op.cached && ins[0].shape.last() > h.q_columns()).then(|| fill(0));
-    let keys = (!grid.contains(&0)).then_some(keys);
+    let keys = (!p.over_keys(1).contains(&0)).then_some(keys);
     let launches = others.into_iter().chain([prepare]).chain(keys).chain([queries]).collect();
     Ok(Kernels { scratch, launches })
 }
@@ -389,7 +471,8 @@ mod tests {
         let [qkv, start, end] = packed(3, 300, op.heads, DType::Bf16);
         let o = Spec::new([3, 300, 512], DType::Bf16);
         let lse = Spec::new([3, 4, 300], DType::F32);
-        let k = backward(&op, &[qkv, start, end, o, lse, o], &[qkv], &Target::H200).unwrap();
+        let on = |target| backward(&op, &[qkv, start, end, o, lse, o], &[qkv], target).unwrap();
+        let k = on(&Target::A100);
         assert_eq!(k.scratch, [3 * 320 * 4 * 8, 3 * 320 * 8, 3 * 5 * 16]);
         assert_eq!(
             launches(&k),
@@ -397,6 +480,15 @@ mod tests {
                 ("attention_bwd_prepare_d128_bf16", [5, 4, 3], 0),
                 ("attention_bwd_keys_d128_bf16", [5, 2, 3], 100_608),
                 ("attention_bwd_queries_d128_bf16", [3, 4, 3], 98_304),
+            ]
+        );
+        let k = on(&Target::H200);
+        assert_eq!(
+            launches(&k),
+            [
+                ("attention_bwd_prepare_d128_bf16", [5, 4, 3], 0),
+                ("attention_bwd_keys_wgmma_d128_bf16", [3, 2, 3], 170_040),
+                ("attention_bwd_queries_wgmma_d128_bf16", [3, 4, 3], 196_680),
             ]
         );
     }
