@@ -222,7 +222,7 @@ fn machines(stem: &str) -> &'static [Target] {
 /// The case tables that a module is held under.
 fn tables(stem: &str) -> Vec<&str> {
     match stem {
-        "attention_decode" | "attention_wgmma" | "attention_bwd_wgmma" => vec!["attention"],
+        "attention_decode" | "attention_wgmma" | "attention_wgmma_bwd" => vec!["attention"],
         "linear_few" => vec!["linear"],
         "linear_wgmma" => vec!["linear", "cross_entropy"],
         "gather_rows" => vec!["gather_rows", "embedding"],

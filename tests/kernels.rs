@@ -74,7 +74,7 @@ macro_rules! modules {
 }
 
 modules! {
-    adamw add attention attention_bwd_wgmma attention_wgmma cache_append cast clip cross_entropy ema fill gather_rows linear
+    adamw add attention attention_wgmma cache_append cast clip cross_entropy ema fill gather_rows linear
     linear_wgmma mse patchify q_sample qk_norm rmsnorm rope sampler_update scatter_rows sum_squares swiglu time_embedding
 }
 
@@ -106,11 +106,6 @@ fn attention_keeps() {
 #[test]
 fn attention_wgmma_keeps() {
     keep(&Exam::new("attention_wgmma"));
-}
-
-#[test]
-fn attention_bwd_wgmma_keeps() {
-    keep(&Exam::new("attention_bwd_wgmma"));
 }
 
 /// RMSNorm of so many rows of 8.

@@ -101,7 +101,7 @@ struct Stage {
 // Whether somebody's results of this round are not finite, so that all begin again, careful. `spoilt` is shared, and 0
 // before.
 INLINE bool again_carefully(int& spoilt, int largest) {
-    if (largest >= __float_as_int(INFINITY)) *(volatile int*)&spoilt = 1;
+    if (largest >= __float_as_int(INFINITY)) atomicOr(&spoilt, 1);
     meet<VERDICT, ALL>();
     return *(const volatile int*)&spoilt != 0;
 }

@@ -27,7 +27,7 @@ pub(crate) const MODULES: &[Module] = &[
     Module::from_static("sm_80", "sum_squares", include_str!("../sm_80/sum_squares.ptx")),
     Module::from_static("sm_80", "swiglu", include_str!("../sm_80/swiglu.ptx")),
     Module::from_static("sm_80", "time_embedding", include_str!("../sm_80/time_embedding.ptx")),
-    Module::from_static("sm_90a", "attention_bwd_wgmma", include_str!("../sm_90a/attention_bwd_wgmma.ptx")),
     Module::from_static("sm_90a", "attention_wgmma", include_str!("../sm_90a/attention_wgmma.ptx")),
+    Module::from_static("sm_90a", "attention_wgmma_bwd", include_str!("../sm_90a/attention_wgmma_bwd.ptx")),
     Module::from_static("sm_90a", "linear_wgmma", include_str!("../sm_90a/linear_wgmma.ptx")),
 ];

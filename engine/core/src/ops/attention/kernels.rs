@@ -1,5 +1,5 @@
 //! What `kernels-cu/attention.cu` and, for few queries, `attention_decode.cu` are launched with; on Hopper
-//! `attention_wgmma.cu` and `attention_bwd_wgmma.cu`.
+//! `attention_wgmma.cu` and `attention_wgmma_bwd.cu`.
 use super::super::prelude::*;
 use super::Attention;
 use crate::launch::{Geometry, Operand};
