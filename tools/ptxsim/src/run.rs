@@ -95,8 +95,6 @@ pub(crate) struct Run<'a> {
     pub(crate) shadowed: bool,
     /// Whether the host has the vector features that instructions are compiled for.
     pub(crate) vector_host: bool,
-    /// Whether the host has AVX-512 as well.
-    pub(crate) wide_host: bool,
     /// Whether global reads need marked bytes.
     pub(crate) uninitialised: bool,
     pub(crate) params: Vec<u8>,
@@ -145,7 +143,6 @@ impl<'a> Run<'a> {
             checks: options.checks,
             shadowed: options.checks.shared_shadow(),
             vector_host: crate::exec::vector_host(),
-            wide_host: crate::exec::wide_host(),
             uninitialised: options.checks.has(FindingKind::Uninitialised),
             params: vec![0; kernel.parameter_bytes as usize],
             maps: Vec::new(),
