@@ -38,6 +38,7 @@ pub(crate) fn agent(warp: &Warp, lane: usize, atomic: bool, pc: u32) -> Agent<'_
         lane: lane as u8,
         serial: warp.serial,
         clock: &warp.knows.clock,
+        together: warp.knows.clock[warp.column as usize],
         fenced: &warp.knows.fenced,
         record: (warp.column, warp.serial),
         asynchronous: false,

@@ -144,7 +144,6 @@ impl Machine<'_> {
             }
             if let Some(shadow) = &mut cta.shadow {
                 for l in lanes(copy.lanes) {
-                    shadow.set_pending(copy.shared[l], copy.size, false);
                     shadow.arrived(copy.shared[l], copy.size, column, l as u8, serial);
                 }
             }
