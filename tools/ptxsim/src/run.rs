@@ -55,17 +55,22 @@ impl Bytes {
         }
         let granules = (self.parity + size).div_ceil(2) as usize;
         let tag = (cluster + 1) << 1 | u32::from(atomic);
-        let mut met = false;
         // SAFETY: there is an owner for each granule of a window, and these bytes were admitted.
         let owners = unsafe { std::slice::from_raw_parts_mut(self.owners, granules) };
-        for owner in owners.iter() {
-            let other = *owner != 0 && *owner >> 1 != cluster + 1;
-            met |= other & !(atomic && *owner & 1 != 0);
+        let another = |owner: &u32| {
+            let both_atomic = atomic & (owner & 1 != 0);
+            u32::from((*owner != 0) & (owner >> 1 != cluster + 1) & !both_atomic)
+        };
+        // By a vector's worth, since most accesses have so many.
+        let (vectors, rest) = owners.as_chunks::<8>();
+        let mut met = rest.iter().fold(0, |met, owner| met | another(owner));
+        for vector in vectors {
+            met |= vector.iter().fold(0, |met, owner| met | another(owner));
         }
         if write {
             owners.fill(tag);
         }
-        met
+        met != 0
     }
 }
 

@@ -22,6 +22,7 @@ pub(crate) mod memory;
 pub(crate) mod product;
 pub(crate) mod shadow;
 pub(crate) mod team;
+pub(crate) mod traffic;
 pub(crate) mod warp;
 pub(crate) mod wgmma;
 pub(crate) mod wide;
