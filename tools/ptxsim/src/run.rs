@@ -55,17 +55,22 @@ impl Bytes {
         }
         let granules = (self.parity + size).div_ceil(2) as usize;
         let tag = (cluster + 1) << 1 | u32::from(atomic);
-        let mut met = false;
         // SAFETY: there is an owner for each granule of a window, and these bytes were admitted.
         let owners = unsafe { std::slice::from_raw_parts_mut(self.owners, granules) };
-        for owner in owners.iter() {
-            let other = *owner != 0 && *owner >> 1 != cluster + 1;
-            met |= other & !(atomic && *owner & 1 != 0);
+        let another = |owner: &u32| {
+            let both_atomic = atomic & (owner & 1 != 0);
+            u32::from((*owner != 0) & (owner >> 1 != cluster + 1) & !both_atomic)
+        };
+        // By a vector's worth, since most accesses have so many.
+        let (vectors, rest) = owners.as_chunks::<8>();
+        let mut met = rest.iter().fold(0, |met, owner| met | another(owner));
+        for vector in vectors {
+            met |= vector.iter().fold(0, |met, owner| met | another(owner));
         }
         if write {
             owners.fill(tag);
         }
-        met
+        met != 0
     }
 }
 
@@ -95,8 +100,6 @@ pub(crate) struct Run<'a> {
     pub(crate) shadowed: bool,
     /// Whether the host has the vector features that instructions are compiled for.
     pub(crate) vector_host: bool,
-    /// Whether the host has AVX-512 as well.
-    pub(crate) wide_host: bool,
     /// Whether global reads need marked bytes.
     pub(crate) uninitialised: bool,
     pub(crate) params: Vec<u8>,
@@ -145,7 +148,6 @@ impl<'a> Run<'a> {
             checks: options.checks,
             shadowed: options.checks.shared_shadow(),
             vector_host: crate::exec::vector_host(),
-            wide_host: crate::exec::wide_host(),
             uninitialised: options.checks.has(FindingKind::Uninitialised),
             params: vec![0; kernel.parameter_bytes as usize],
             maps: Vec::new(),

@@ -7,6 +7,8 @@ use crate::counters::Class;
 use crate::exec::matrix::{LoadMatrix, StoreMatrix};
 use crate::exec::product::{BFloat, Float16, Mma, Tf32};
 use crate::exec::wgmma::{self, WgmmaBf16, WgmmaF16, WgmmaTf32};
+#[cfg(target_arch = "x86_64")]
+use crate::exec::{wide::WideMma, wide_host};
 use crate::syntax::Parsed;
 use crate::syntax::ast::{Operand, Type};
 
@@ -69,6 +71,12 @@ impl Builder<'_, '_> {
                 return self.wrong("a vector has another length");
             }
             self.list(v, false, n == 0, false)?;
+        }
+        #[cfg(target_arch = "x86_64")]
+        match (element, k) {
+            (Some(Type::Bf16), 16) if wide_host() => return self.run::<WideMma<2>>(),
+            (Some(Type::Bf16), 8) if wide_host() => return self.run::<WideMma<1>>(),
+            _ => {}
         }
         match (element, k) {
             (Some(Type::Bf16), 16) => self.run::<Mma<BFloat, 4>>(),

@@ -3,6 +3,7 @@
 use super::Machine;
 use super::lane::{FULL, LANES, Row, lanes};
 use super::shadow::{Agent, Faults};
+use super::traffic::{count_sectors, count_wavefronts};
 use super::warp::Warp;
 use crate::finding::{FindingKind, Place};
 use crate::run::{Bytes, SHARED_BASE};
@@ -38,6 +39,7 @@ pub(crate) fn agent(warp: &Warp, lane: usize, atomic: bool, pc: u32) -> Agent<'_
         lane: lane as u8,
         serial: warp.serial,
         clock: &warp.knows.clock,
+        together: warp.knows.clock[warp.column as usize],
         fenced: &warp.knows.fenced,
         record: (warp.column, warp.serial),
         asynchronous: false,
@@ -448,68 +450,4 @@ pub(crate) unsafe fn mark_written(marks: *mut u8, size: u32) {
             _ => std::ptr::write_bytes(marks, 1, size as usize),
         }
     }
-}
-
-/// Sectors of 32 bytes that a request touches, each pass of the warp (128 bytes at most) on its own.
-pub(crate) fn count_sectors(addresses: &Row<u64>, active: u32, size: u32) -> u32 {
-    let per_pass = (128 / size).min(32) as usize;
-    let mut total = 0;
-    for first in (0..LANES).step_by(per_pass) {
-        let mut seen = [u64::MAX; LANES];
-        let mut n = 0;
-        for l in first..first + per_pass {
-            let sector = addresses[l] / 32;
-            if active >> l & 1 != 0 && !seen[..n].iter().rev().any(|s| *s == sector) {
-                seen[n] = sector;
-                n += 1;
-            }
-        }
-        total += n as u32;
-    }
-    total
-}
-
-/// Passes over the 32 banks that an access takes, and the fewest that so many bytes could take.
-///
-/// Accesses of 8 bytes go by half warps, of 16 bytes by quarters. Lanes that want the same word share it.
-pub(crate) fn count_wavefronts(addresses: &Row<u32>, active: u32, size: u32) -> (u32, u32) {
-    let per_pass = (128 / size).min(32) as usize;
-    let (mut wavefronts, mut ideal) = (0, 0);
-    for first in (0..LANES).step_by(per_pass) {
-        let lanes = active >> first & ((1u64 << per_pass) - 1) as u32;
-        ideal += u32::from(lanes != 0);
-        // A misaligned access touches a word more.
-        let mut words = [0; 2 * LANES];
-        let mut n = 0;
-        for l in super::lane::lanes(lanes) {
-            let address = addresses[first + l];
-            for word in address / 4..=address.wrapping_add(size - 1) / 4 {
-                words[n] = word;
-                n += 1;
-            }
-        }
-        wavefronts += count_passes(&mut words[..n]);
-    }
-    (wavefronts, ideal)
-}
-
-/// Passes until all words were served, when each pass serves one word of each bank.
-fn count_passes(mut words: &mut [u32]) -> u32 {
-    let mut passes = 0;
-    while !words.is_empty() {
-        let (mut served, mut taken, mut left) = ([0; 32], 0u32, 0);
-        for n in 0..words.len() {
-            let (word, bank) = (words[n], words[n] as usize % 32);
-            if taken >> bank & 1 == 0 {
-                taken |= 1 << bank;
-                served[bank] = word;
-            } else if served[bank] != word {
-                words[left] = word;
-                left += 1;
-            }
-        }
-        words = &mut words[..left];
-        passes += 1;
-    }
-    passes
 }

@@ -117,7 +117,7 @@ impl Machine<'_> {
     }
 
     fn count_copy(&mut self, addresses: &[u64; 32], reading: u32, size: u32) {
-        let sectors = super::access::count_sectors(addresses, reading, size);
+        let sectors = super::traffic::count_sectors(addresses, reading, size);
         let site = &mut self.tally.sites[self.pc as usize];
         site.bytes += u64::from(reading.count_ones() * size);
         site.sectors += u64::from(sectors);
@@ -144,7 +144,6 @@ impl Machine<'_> {
             }
             if let Some(shadow) = &mut cta.shadow {
                 for l in lanes(copy.lanes) {
-                    shadow.set_pending(copy.shared[l], copy.size, false);
                     shadow.arrived(copy.shared[l], copy.size, column, l as u8, serial);
                 }
             }

@@ -22,8 +22,10 @@ pub(crate) mod memory;
 pub(crate) mod product;
 pub(crate) mod shadow;
 pub(crate) mod team;
+pub(crate) mod traffic;
 pub(crate) mod warp;
 pub(crate) mod wgmma;
+pub(crate) mod wide;
 
 use crate::counters::{Class, Tally};
 use crate::finding::{FindingKind, Place};
@@ -109,18 +111,10 @@ pub(crate) fn vector_host() -> bool {
     false
 }
 
-/// Whether the host has AVX-512, for the few instructions that have a version for it.
+/// Whether the host has AVX-512, for [`wide`].
+#[cfg(target_arch = "x86_64")]
 pub(crate) fn wide_host() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        vector_host()
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    vector_host() && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
 }
 
 #[cfg(target_arch = "x86_64")]

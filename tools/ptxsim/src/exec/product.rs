@@ -4,7 +4,7 @@
 //! result, columns `2 t` and `2 t + 1`. A step of the sum multiplies what the four lanes of a row hold of A, one lane
 //! after the other, with the columns of B at that depth.
 
-use super::lane::{LANES, Row};
+use super::lane::{LANES, Registers, Row};
 use super::{Flow, Inst, Instruction, Machine};
 use crate::math::{bf16_to_f32, f16_to_f32, f32_to_f16};
 use std::marker::PhantomData;
@@ -51,54 +51,61 @@ impl Element for Tf32 {
 /// The bits of the accumulators: of rows from 0 columns `2 t`, then `2 t + 1`; the same of rows from 8.
 type Sums = [Row<u32>; 4];
 
-/// Both factors, in `S` steps of four places of the depth. Of two elements in a word the first are one step and the
-/// second the next.
-#[repr(align(64))]
-struct Factors<const S: usize> {
-    /// Lane `4 g + t`: row `g`, or `g + 8`, at place `t`.
-    left: [[Row<f32>; 2]; S],
-    /// At place `t` the even columns and the odd ones.
-    right: [[[[f32; 4]; 2]; 4]; S],
+/// Of B four places of the depth, and of each the even columns and the odd ones.
+type Columns = [[[f32; 4]; 2]; 4];
+
+/// Where an `mma` of `S` steps has its factors, in the list from `first` on: A and then B. A step is four places of
+/// the depth; of two elements in a word the first belong to one step and the second to the next.
+struct Factors<'a, E, const S: usize> {
+    registers: &'a Registers,
+    rows: &'a [u32],
+    element: PhantomData<E>,
 }
 
-impl<const S: usize> Factors<S> {
-    /// The factors whose rows the list has from `first` on: A and then B.
+impl<E: Element, const S: usize> Factors<'_, E, S> {
+    /// How many rows they have.
+    const ROWS: usize = 3 * S / E::PARTS;
+
     #[inline(always)]
-    fn read<E: Element>(x: &Machine<'_>, i: &Inst, first: usize) -> Self {
-        let mut factors = Self { left: [[[0.0; LANES]; 2]; S], right: [[[[0.0; 4]; 2]; 4]; S] };
-        let words = |n: usize| x.warp.registers.words::<u32>(x.listed(i, first + n));
-        for s in 0..S {
-            let (n, part) = (s / E::PARTS, s % E::PARTS);
-            for h in 0..2 {
-                let words = words(2 * n + h);
-                for l in 0..LANES {
-                    factors.left[s][h][l] = E::part(words[l], part);
-                }
-            }
-            let words = words(2 * S / E::PARTS + n);
-            let mut right = [0.0; LANES];
-            for l in 0..LANES {
-                right[l] = E::part(words[l], part);
-            }
-            for t in 0..4 {
-                for p in 0..2 {
-                    for n in 0..4 {
-                        factors.right[s][t][p][n] = right[4 * (2 * n + p) + t];
-                    }
+    fn row(&self, n: usize, part: usize) -> Row<f32> {
+        let words = self.registers.words::<u32>(self.rows[n]);
+        let mut row = [E::part(words[0], part); LANES];
+        for l in 0..LANES {
+            row[l] = E::part(words[l], part);
+        }
+        row
+    }
+
+    /// Rows of A from 0 and from 8. Lane `4 g + t` has row `g` at place `t`.
+    #[inline(always)]
+    fn left(&self, step: usize) -> [Row<f32>; 2] {
+        let (n, part) = (step / E::PARTS * 2, step % E::PARTS);
+        [self.row(n, part), self.row(n + 1, part)]
+    }
+
+    #[inline(always)]
+    fn right(&self, step: usize) -> Columns {
+        let row = self.row((2 * S + step) / E::PARTS, step % E::PARTS);
+        let mut columns: Columns = [[[0.0; 4]; 2]; 4];
+        for t in 0..4 {
+            for p in 0..2 {
+                for n in 0..4 {
+                    columns[t][p][n] = row[4 * (2 * n + p) + t];
                 }
             }
         }
-        factors
+        columns
     }
 
     /// Each product is added in one rounding, in the order of the steps and places.
     #[inline(always)]
     fn multiply_add(&self, sums: &mut Sums) {
-        for (h, sums) in sums.chunks_exact_mut(2).enumerate() {
-            for (left, right) in self.left.iter().zip(&self.right) {
+        for step in 0..S {
+            let (left, right) = (self.left(step), self.right(step));
+            for (left, sums) in left.iter().zip(sums.as_chunks_mut::<2>().0) {
                 for t in 0..4 {
                     for two in 0..4 {
-                        let (a, b) = (left[h][8 * two + t], left[h][8 * two + 4 + t]);
+                        let (a, b) = (left[8 * two + t], left[8 * two + 4 + t]);
                         let a = [a, a, a, a, b, b, b, b];
                         for (sums, right) in sums.iter_mut().zip(&right[t]) {
                             for l in 0..8 {
@@ -108,42 +115,6 @@ impl<const S: usize> Factors<S> {
                         }
                     }
                 }
-            }
-        }
-    }
-
-    /// [`multiply_add`](Self::multiply_add) with half a warp in a vector.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn multiply_add_wide(&self, sums: &mut Sums) {
-        use std::arch::x86_64::{
-            _mm_loadu_ps, _mm512_broadcast_f32x4, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_permutevar_ps,
-            _mm512_set1_epi32, _mm512_storeu_ps,
-        };
-        // SAFETY: a row is two vectors of 16 lanes.
-        let load = |row: *const f32| [0, 16].map(|l| unsafe { _mm512_loadu_ps(row.add(l)) });
-        let mut c = [0, 1, 2, 3].map(|n: usize| load(sums[n].as_ptr().cast()));
-        for (left, right) in self.left.iter().zip(&self.right) {
-            let left = [load(left[0].as_ptr()), load(left[1].as_ptr())];
-            for t in 0..4 {
-                // SAFETY: four columns are a vector of four.
-                let b = [0, 1].map(|p: usize| unsafe { _mm_loadu_ps(right[t][p].as_ptr()) });
-                let b = b.map(|b| _mm512_broadcast_f32x4(b));
-                for (h, left) in left.iter().enumerate() {
-                    for v in 0..2 {
-                        let a = _mm512_permutevar_ps(left[v], _mm512_set1_epi32(t as i32));
-                        for p in 0..2 {
-                            c[2 * h + p][v] = _mm512_fmadd_ps(a, b[p], c[2 * h + p][v]);
-                        }
-                    }
-                }
-            }
-        }
-        for (row, c) in sums.iter_mut().zip(c) {
-            for v in 0..2 {
-                // SAFETY: as above.
-                unsafe { _mm512_storeu_ps(row.as_mut_ptr().cast::<f32>().add(16 * v), c[v]) };
             }
         }
     }
@@ -160,54 +131,45 @@ impl<E: Element, const S: usize> Instruction for Mma<E, S> {
         if !x.converged() {
             return Flow::Next;
         }
-        #[cfg(target_arch = "x86_64")]
-        if x.run.wide_host {
-            // SAFETY: the host has AVX-512.
-            unsafe { multiply_wide::<E, S>(x, i) };
-            return Flow::Next;
-        }
-        multiply::<E, S>(x, i, Factors::multiply_add);
+        let list = &x.run.kernel.lists[i.list as usize..];
+        multiply::<E, S>(&mut x.warp.registers, list, i.mode == 1);
         Flow::Next
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn multiply_wide<E: Element, const S: usize>(x: &mut Machine<'_>, i: &Inst) {
-    multiply::<E, S>(x, i, |factors, sums| factors.multiply_add_wide(sums));
+/// `d = a b + c`, rows of the list in this order; `halves`: `f16` accumulators.
+#[inline(always)]
+pub(super) fn multiply<E: Element, const S: usize>(registers: &mut Registers, list: &[u32], halves: bool) {
+    let (results, list) = list.split_at(if halves { 2 } else { 4 });
+    let (rows, list) = list.split_at(Factors::<E, S>::ROWS);
+    let words = |n: usize| *registers.words::<u32>(list[n]);
+    let mut sums =
+        if halves { half_sums(words(0), words(1)) } else { [words(0), words(1), words(2), words(3)] };
+    Factors::<E, S> { registers, rows, element: PhantomData }.multiply_add(&mut sums);
+    for (n, row) in results.iter().enumerate() {
+        *registers.words_mut::<u32>(*row) =
+            if halves { half_words(&sums[2 * n], &sums[2 * n + 1]) } else { sums[n] };
+    }
 }
 
-/// `d = a b + c`
+/// Accumulators of `f16`, rows from 0 and from 8.
 #[inline(always)]
-fn multiply<E: Element, const S: usize>(
-    x: &mut Machine<'_>,
-    i: &Inst,
-    multiply_add: impl FnOnce(&Factors<S>, &mut Sums),
-) {
-    let halves = i.mode == 1;
-    let results = if halves { 2 } else { 4 };
-    let factors = Factors::<S>::read::<E>(x, i, results);
-    let first = results + 3 * S / E::PARTS;
-    let mut sums: Sums = [[0; LANES]; 4];
-    for (n, sums) in sums.iter_mut().enumerate() {
-        if halves {
-            let words = x.warp.registers.words::<u32>(x.listed(i, first + n / 2));
-            *sums = words.map(|w| Float16::part(w, n % 2).to_bits());
-        } else {
-            *sums = *x.warp.registers.words::<u32>(x.listed(i, first + n));
+fn half_sums(upper: Row<u32>, lower: Row<u32>) -> Sums {
+    let mut sums = [upper, upper, lower, lower];
+    for (n, row) in sums.iter_mut().enumerate() {
+        for word in row {
+            *word = Float16::part(*word, n % 2).to_bits();
         }
     }
-    multiply_add(&factors, &mut sums);
-    for n in 0..results {
-        let row = x.listed(i, n);
-        let words = x.warp.registers.words_mut::<u32>(row);
-        if halves {
-            let half = |sum: u32| u32::from(f32_to_f16(f32::from_bits(sum)));
-            for l in 0..LANES {
-                words[l] = half(sums[2 * n][l]) | half(sums[2 * n + 1][l]) << 16;
-            }
-        } else {
-            *words = sums[n];
-        }
+    sums
+}
+
+#[inline(always)]
+fn half_words(even: &Row<u32>, odd: &Row<u32>) -> Row<u32> {
+    let half = |sum: u32| u32::from(f32_to_f16(f32::from_bits(sum)));
+    let mut words = *even;
+    for l in 0..LANES {
+        words[l] = half(even[l]) | half(odd[l]) << 16;
     }
+    words
 }

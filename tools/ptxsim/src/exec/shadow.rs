@@ -52,6 +52,8 @@ pub(crate) struct Agent<'a> {
     pub(crate) serial: u32,
     /// What the warp knows.
     pub(crate) clock: &'a [u32],
+    /// Up to which serial its lanes are synchronised with one another: its own column of the clock.
+    pub(crate) together: u32,
     /// What the warp knows to be fenced for the asynchronous proxy.
     pub(crate) fenced: &'a [u32],
     /// The column and serial under which the access is recorded: the warp's own, or an asynchronous agent's.
@@ -66,9 +68,15 @@ pub(crate) struct Agent<'a> {
 const GENERIC: u8 = 1;
 const ATOMIC: u8 = 2;
 
-/// The last write and the last read of some bytes.
-#[derive(Clone, Copy, Default)]
+/// What is known of some bytes: a line of the host's cache, since most accesses look at one cell.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
 pub(crate) struct Cell {
+    /// When each of the first columns last read.
+    reads: [u32; COLUMNS],
+    /// Of all 16 bytes, in the first of their cells. Bits 0 to 15: bytes that were written; 16 to 23: 2-byte granules
+    /// with a copy in flight; 24 to 31: granules that belong to an mbarrier.
+    state: u32,
     pub(crate) write_serial: u32,
     pub(crate) write_pc: u32,
     pub(crate) read_serial: u32,
@@ -78,9 +86,26 @@ pub(crate) struct Cell {
     pub(crate) read_column: u16,
     write_lane: u8,
     flags: u8,
+    /// Bytes of each cell of these 16, as a power of two; in the first.
+    grain: u8,
 }
 
 impl Cell {
+    const FRESH: Self = Self {
+        reads: [0; COLUMNS],
+        state: 0,
+        write_serial: 0,
+        write_pc: 0,
+        read_serial: 0,
+        read_pc: 0,
+        read_lanes: 0,
+        write_column: 0,
+        read_column: 0,
+        write_lane: 0,
+        flags: 0,
+        grain: COARSEST,
+    };
+
     /// Whether `who` comes after the last write.
     #[inline(always)]
     fn write_known(&self, who: &Agent<'_>) -> bool {
@@ -88,46 +113,34 @@ impl Cell {
         seen || self.write_column == who.column && self.write_lane == who.lane
     }
 
-    /// `recorded` is when the agent's column last read these bytes.
     #[inline(always)]
-    fn read(&mut self, who: &Agent<'_>, recorded: &mut u32) -> Faults {
+    fn read(&mut self, who: &Agent<'_>) -> Faults {
         let mut faults = Faults::NONE;
         faults.add(Faults::AFTER_WRITE, !self.write_known(who));
         if who.asynchronous && self.flags & GENERIC != 0 {
             faults.add(Faults::UNFENCED, self.write_serial > who.fenced[self.write_column as usize]);
         }
+        // Reads of the warp since its lanes last synchronised add up; older ones are of no interest.
         let (column, serial) = who.record;
-        *recorded = serial;
-        let lane = 1u32.checked_shl(who.lane.into()).unwrap_or(0);
-        if self.read_column == column && self.read_serial == serial {
-            self.read_lanes |= lane;
-        } else {
-            // Reads of the warp since its lanes last synchronised add up; older ones are of no interest.
-            let current = self.read_column == column && self.read_serial > who.clock[who.column as usize];
-            self.read_lanes = if current { self.read_lanes | lane } else { lane };
-            self.read_column = column;
-            self.read_serial = serial;
-            self.read_pc = who.pc;
-        }
+        let current = self.read_serial == serial || self.read_serial > who.together;
+        let others = if self.read_column == column && current { self.read_lanes } else { 0 };
+        self.read_lanes = others | 1u32.checked_shl(who.lane.into()).unwrap_or(0);
+        (self.read_column, self.read_serial, self.read_pc) = (column, serial, who.pc);
         faults
     }
 
-    /// `reads` is when each column last read these bytes.
+    /// `later`: another warp's read that `who` does not know of.
     #[inline(always)]
-    fn write(&mut self, who: &Agent<'_>, reads: &[u32]) -> Faults {
+    fn write(&mut self, who: &Agent<'_>, later: bool) -> Faults {
         let mut faults = Faults::NONE;
         let both_atomic = who.atomic && self.flags & ATOMIC != 0;
         let same_instruction = self.write_column == who.column && self.write_serial == who.serial;
         faults.add(Faults::AFTER_WRITE, !both_atomic && !same_instruction && !self.write_known(who));
-        let unknown = any_later(reads, who.clock) && {
-            let later = |column: usize| reads[column] > who.clock[column] && column != who.column as usize;
-            (0..reads.len()).any(later)
-        };
         let own = self.read_column == who.column
-            && self.read_serial > who.clock[who.column as usize]
+            && self.read_serial > who.together
             && self.read_serial != who.serial
             && self.read_lanes & !1u32.checked_shl(who.lane.into()).unwrap_or(0) != 0;
-        faults.add(Faults::AFTER_READ, unknown || own);
+        faults.add(Faults::AFTER_READ, later || own);
         (self.write_column, self.write_serial) = who.record;
         self.write_lane = who.lane;
         self.write_pc = who.pc;
@@ -136,17 +149,15 @@ impl Cell {
     }
 }
 
-/// Whether any of `reads` is later than its column of `clock`.
+/// Whether another column than the agent's own has one of `reads` later than its clock, both from column `first`.
 #[inline(always)]
-fn any_later(reads: &[u32], clock: &[u32]) -> bool {
-    let (reads, clock) = (reads.as_chunks::<COLUMNS>().0, clock.as_chunks::<COLUMNS>().0);
-    let mut later = 0;
-    for (reads, clock) in reads.iter().zip(clock) {
-        for (read, known) in reads.iter().zip(clock) {
-            later |= u32::from(read > known);
-        }
+fn later(reads: &[u32; COLUMNS], who: &Agent<'_>, first: usize) -> bool {
+    let Some(clock) = who.clock[first..].first_chunk::<COLUMNS>() else { return false };
+    let mut any = 0;
+    for (read, known) in reads.iter().zip(clock) {
+        any |= u32::from(read > known);
     }
-    later != 0
+    any != 0 && (0..COLUMNS).any(|n| reads[n] > clock[n] && first + n != who.column as usize)
 }
 
 /// Clocks have a multiple of so many columns, to be compared as vectors.
@@ -156,20 +167,6 @@ const CHUNK: usize = 16;
 /// Bytes of the smallest cell, as a power of two, and of the largest.
 const FINEST: u8 = 1;
 const COARSEST: u8 = 4;
-
-/// What is known of 16 bytes besides their cells.
-#[derive(Clone, Copy)]
-struct Chunk {
-    /// Bits 0 to 15: bytes that were written; 16 to 23: 2-byte granules with a copy in flight; 24 to 31: granules that
-    /// belong to an mbarrier.
-    state: u32,
-    /// Bytes of each of its cells, as a power of two.
-    grain: u8,
-}
-
-impl Chunk {
-    const FRESH: Self = Self { state: 0, grain: COARSEST };
-}
 
 /// The bits of an access within the state of its 16 bytes.
 #[derive(Clone, Copy)]
@@ -182,7 +179,7 @@ struct Bits {
 impl Bits {
     #[inline(always)]
     fn of(address: u32, size: u32) -> Self {
-        let byte = address & 15;
+        let byte = address & 15 & !(size - 1);
         let granules = ((1u32 << size.div_ceil(2)) - 1) << (byte / 2);
         Self {
             written: ((1u32 << size) - 1) << byte & 0xffff,
@@ -206,42 +203,67 @@ impl Bits {
 
 /// The shadow of one block's shared memory.
 pub(crate) struct Shadow {
-    columns: usize,
-    chunks: Vec<Chunk>,
+    chunks: usize,
     /// First the first cell of each chunk, then the second of each, as far as any chunk has so many.
     cells: Vec<Cell>,
-    /// In the order of the cells, when each column last read.
-    reads: Vec<u32>,
+    /// Groups of columns that a cell has no room for, and in the order of the cells when those last read.
+    groups: usize,
+    more_reads: Vec<[u32; COLUMNS]>,
 }
 
 impl Shadow {
     /// The shadow of `bytes` of shared memory, with `columns` agents: a multiple of [`COLUMNS`].
     pub(crate) fn new(bytes: u32, columns: usize) -> Self {
         let chunks = (bytes as usize).div_ceil(CHUNK);
+        let groups = columns / COLUMNS - 1;
         Self {
-            columns,
-            chunks: vec![Chunk::FRESH; chunks],
-            cells: vec![Cell::default(); chunks],
-            reads: vec![0; chunks * columns],
+            chunks,
+            cells: vec![Cell::FRESH; chunks],
+            groups,
+            more_reads: vec![[0; COLUMNS]; chunks * groups],
         }
     }
 
-    /// Forgets a block. Serial numbers grow from block to block, so that cells may stay: what is in them counts as
-    /// known.
+    /// Forgets a block. Serial numbers grow from block to block, so that accesses may stay: those that cells have
+    /// count as known.
     pub(crate) fn reset(&mut self) {
-        self.chunks.fill(Chunk::FRESH);
+        for cell in &mut self.cells[..self.chunks] {
+            (cell.state, cell.grain) = (0, COARSEST);
+        }
     }
 
     /// Checks a read of `size` (a power of two up to 16) aligned bytes.
     #[inline(always)]
     pub(crate) fn read(&mut self, who: &Agent<'_>, address: u32, size: u32) -> Faults {
+        let index = address as usize / CHUNK;
         let bits = Bits::of(address, size);
-        let mut faults = bits.faults(self.chunks[address as usize / CHUNK].state, bits.written);
-        if size > 1 {
-            for at in self.cells_of(address, size) {
-                let recorded = &mut self.reads[at * self.columns + who.record.0 as usize];
-                faults.join(self.cells[at].read(who, recorded));
+        let mut faults = bits.faults(self.cells[index].state, bits.written);
+        if size.trailing_zeros() == u32::from(self.cells[index].grain) {
+            faults.join(self.read_cell(who, self.position(address)));
+        } else if size > 1 {
+            faults.join(self.read_cells(*who, address, size));
+        }
+        faults
+    }
+
+    #[inline(always)]
+    fn read_cell(&mut self, who: &Agent<'_>, at: usize) -> Faults {
+        let (column, serial) = who.record;
+        match self.cells[at].reads.get_mut(column as usize) {
+            Some(read) => *read = serial,
+            None => {
+                self.more_reads[at * self.groups..].as_flattened_mut()[column as usize - COLUMNS] = serial
             }
+        }
+        self.cells[at].read(who)
+    }
+
+    /// [`read`](Self::read) of bytes that are not exactly a cell.
+    #[inline(never)]
+    fn read_cells(&mut self, who: Agent<'_>, address: u32, size: u32) -> Faults {
+        let mut faults = Faults::NONE;
+        for at in self.cells_of(address, size) {
+            faults.join(self.read_cell(&who, at));
         }
         faults
     }
@@ -249,31 +271,55 @@ impl Shadow {
     /// Checks a write of `size` (a power of two up to 16) aligned bytes, and marks them as initialised.
     #[inline(always)]
     pub(crate) fn write(&mut self, who: &Agent<'_>, address: u32, size: u32) -> Faults {
-        let index = address as usize / CHUNK;
+        let cell = &mut self.cells[address as usize / CHUNK];
         let bits = Bits::of(address, size);
-        let chunk = &mut self.chunks[index];
-        let mut faults = bits.faults(chunk.state, if who.atomic { bits.written } else { 0 });
-        chunk.state |= bits.written;
-        if size > 1 {
-            for at in self.cells_of(address, size) {
-                let reads = &self.reads[at * self.columns..][..self.columns];
-                faults.join(self.cells[at].write(who, reads));
-            }
-            if size == CHUNK as u32 && self.chunks[index].grain != COARSEST {
-                self.merge(index);
-            }
+        let mut faults = bits.faults(cell.state, if who.atomic { bits.written } else { 0 });
+        cell.state |= bits.written;
+        if size.trailing_zeros() == u32::from(cell.grain) {
+            faults.join(self.write_cell(who, self.position(address)));
+        } else if size > 1 {
+            faults.join(self.write_cells(*who, address, size));
         }
         faults
+    }
+
+    #[inline(always)]
+    fn write_cell(&mut self, who: &Agent<'_>, at: usize) -> Faults {
+        let mut unknown = later(&self.cells[at].reads, who, 0);
+        for (n, reads) in self.more_reads[at * self.groups..][..self.groups].iter().enumerate() {
+            unknown |= later(reads, who, (n + 1) * COLUMNS);
+        }
+        self.cells[at].write(who, unknown)
+    }
+
+    /// [`write`](Self::write) of bytes that are not exactly a cell.
+    #[inline(never)]
+    fn write_cells(&mut self, who: Agent<'_>, address: u32, size: u32) -> Faults {
+        let mut faults = Faults::NONE;
+        for at in self.cells_of(address, size) {
+            faults.join(self.write_cell(&who, at));
+        }
+        if size == CHUNK as u32 {
+            self.merge(address as usize / CHUNK);
+        }
+        faults
+    }
+
+    /// The position of the cell at an address.
+    #[inline(always)]
+    fn position(&self, address: u32) -> usize {
+        let index = address as usize / CHUNK;
+        ((address % 16) >> self.cells[index].grain) as usize * self.chunks + index
     }
 
     /// The positions of the cells of aligned bytes, after larger cells were split.
     #[inline(always)]
     fn cells_of(&mut self, address: u32, size: u32) -> impl Iterator<Item = usize> + use<> {
-        let (index, chunks) = (address as usize / CHUNK, self.chunks.len());
-        if size < 1 << self.chunks[index].grain {
+        let (index, chunks) = (address as usize / CHUNK, self.chunks);
+        if size < 1 << self.cells[index].grain {
             self.split(index, size);
         }
-        let grain = self.chunks[index].grain;
+        let grain = self.cells[index].grain;
         let first = (address % 16) >> grain;
         (first..first + (size >> grain)).map(move |slot| slot as usize * chunks + index)
     }
@@ -282,51 +328,51 @@ impl Shadow {
     #[cold]
     #[inline(never)]
     fn split(&mut self, index: usize, size: u32) {
-        let chunks = self.chunks.len();
-        let old = self.chunks[index].grain;
+        let old = self.cells[index].grain;
         let new = (size.trailing_zeros() as u8).max(FINEST);
-        self.chunks[index].grain = new;
+        self.cells[index].grain = new;
         let slots = CHUNK >> new;
-        if self.cells.len() < slots * chunks {
-            self.cells.resize(slots * chunks, Cell::default());
-            self.reads.resize(slots * chunks * self.columns, 0);
+        if self.cells.len() < slots * self.chunks {
+            self.cells.resize(slots * self.chunks, Cell::FRESH);
+            self.more_reads.resize(slots * self.chunks * self.groups, [0; COLUMNS]);
         }
         // From behind, so that none is overwritten before it was copied.
         for slot in (1..slots).rev() {
-            let (from, to) = ((slot >> (old - new)) * chunks + index, slot * chunks + index);
+            let (from, to) = ((slot >> (old - new)) * self.chunks + index, slot * self.chunks + index);
             self.cells[to] = self.cells[from];
-            self.reads.copy_within(from * self.columns..(from + 1) * self.columns, to * self.columns);
+            self.more_reads.copy_within(from * self.groups..(from + 1) * self.groups, to * self.groups);
         }
     }
 
     /// One cell again, after one access wrote them all.
     fn merge(&mut self, index: usize) {
-        let chunks = self.chunks.len();
-        for slot in 1..CHUNK >> self.chunks[index].grain {
-            for column in 0..self.columns {
-                let other = self.reads[(slot * chunks + index) * self.columns + column];
-                let first = &mut self.reads[index * self.columns + column];
-                *first = (*first).max(other);
+        for slot in 1..CHUNK >> self.cells[index].grain {
+            let other = slot * self.chunks + index;
+            self.cells[index].reads = latest(self.cells[index].reads, self.cells[other].reads);
+            for n in 0..self.groups {
+                let (first, other) = (index * self.groups + n, other * self.groups + n);
+                self.more_reads[first] = latest(self.more_reads[first], self.more_reads[other]);
             }
         }
-        self.chunks[index].grain = COARSEST;
+        self.cells[index].grain = COARSEST;
     }
 
     /// Marks aligned bytes as being copied to, or as arrived.
     #[inline(always)]
     pub(crate) fn set_pending(&mut self, address: u32, size: u32, pending: bool) {
         let bits = Bits::of(address, size).pending;
-        let state = &mut self.chunks[address as usize / CHUNK].state;
+        let state = &mut self.cells[address as usize / CHUNK].state;
         *state = if pending { *state | bits } else { *state & !bits };
     }
 
     /// A copy into aligned bytes is complete: from now on they count as written at `serial`.
     #[inline(always)]
     pub(crate) fn arrived(&mut self, address: u32, size: u32, column: u16, lane: u8, serial: u32) {
-        let (index, chunks) = (address as usize / CHUNK, self.chunks.len());
-        let grain = self.chunks[index].grain;
+        self.set_pending(address, size, false);
+        let index = address as usize / CHUNK;
+        let grain = self.cells[index].grain;
         for slot in (address % 16) >> grain..=(address % 16 + size - 1) >> grain {
-            let cell = &mut self.cells[slot as usize * chunks + index];
+            let cell = &mut self.cells[slot as usize * self.chunks + index];
             (cell.write_column, cell.write_lane, cell.write_serial) = (column, lane, serial);
         }
     }
@@ -334,14 +380,16 @@ impl Shadow {
     /// Marks the eight bytes of an mbarrier, which nothing else may touch.
     pub(crate) fn set_mbarrier(&mut self, address: u32, present: bool) {
         let bits = Bits::of(address, 8);
-        let state = &mut self.chunks[address as usize / CHUNK].state;
+        let state = &mut self.cells[address as usize / CHUNK].state;
         *state = if present { *state | bits.mbarrier } else { *state & !bits.mbarrier } | bits.written;
     }
 
     /// The state of the bytes at an address, for messages.
     pub(crate) fn cell(&self, address: u32) -> Cell {
-        let index = address as usize / CHUNK;
-        let slot = (address % 16) >> self.chunks[index].grain;
-        self.cells[slot as usize * self.chunks.len() + index]
+        self.cells[self.position(address)]
     }
+}
+
+fn latest(a: [u32; COLUMNS], b: [u32; COLUMNS]) -> [u32; COLUMNS] {
+    std::array::from_fn(|n| a[n].max(b[n]))
 }
