@@ -26,17 +26,25 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Lends `len` reals of scratch memory with arbitrary contents. Buffers are kept, so that a
-    /// plan that has run once allocates nothing more.
+    /// Lends `len` reals of scratch memory with arbitrary contents. Buffers are kept, so that a plan that has run
+    /// for a while allocates nothing more; and the smallest that is large enough is lent, so that few become large.
     pub fn scratch<T: Real, R>(&self, len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
         let words = (len * size_of::<T>()).div_ceil(8);
-        let mut buffer = self.lock().pop().unwrap_or_default();
+        let mut buffer = self.take(words);
         if buffer.len() < words {
             buffer.resize(words, 0);
         }
         let r = f(&mut bytemuck::cast_slice_mut::<u64, T>(&mut buffer)[..len]);
         self.lock().push(buffer);
         r
+    }
+
+    /// The spare buffer that fits `words` best: the smallest that is large enough, else the largest.
+    fn take(&self, words: usize) -> Vec<u64> {
+        let mut spare = self.lock();
+        let fit = |b: &Vec<u64>| if b.len() < words { (1, usize::MAX - b.len()) } else { (0, b.len()) };
+        let best = (0..spare.len()).min_by_key(|&i| fit(&spare[i]));
+        best.map(|i| spare.swap_remove(i)).unwrap_or_default()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u64>>> {
@@ -47,4 +55,33 @@ impl Cpu {
 /// How many rows of `width` elements one parallel chunk takes: about 16 k elements.
 pub fn chunk_rows(width: usize) -> usize {
     (16 * 1024 / width.max(1)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_spare_buffer_that_fits_best_is_lent() {
+        let cpu = Cpu::default();
+        let sizes = || {
+            let mut sizes: Vec<usize> = cpu.lock().iter().map(Vec::len).collect();
+            sizes.sort_unstable();
+            sizes
+        };
+        // Four buffers at once, then each again on its own.
+        cpu.scratch(10, |_: &mut [f64]| {
+            cpu.scratch(1000, |_: &mut [f64]| {
+                cpu.scratch(100, |_: &mut [f64]| cpu.scratch(1, |_: &mut [f64]| ()))
+            });
+        });
+        assert_eq!(sizes(), [1, 10, 100, 1000]);
+        for len in [2, 1000, 60, 10, 0] {
+            cpu.scratch(len, |x: &mut [f64]| assert_eq!(x.len(), len));
+        }
+        assert_eq!(sizes(), [1, 10, 100, 1000]);
+        // What is too large for all makes the largest larger.
+        cpu.scratch(1001, |_: &mut [f64]| ());
+        assert_eq!(sizes(), [1, 10, 100, 1001]);
+    }
 }

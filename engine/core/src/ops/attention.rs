@@ -583,12 +583,12 @@ struct Gradients<'a, T> {
 
 /// One query head, laid out for the backward pass: interleaved by groups, and in padded rows.
 struct QueryHead<'a, T> {
-    q_groups: &'a mut [T],
-    d_groups: &'a mut [T],
-    q: &'a mut [T],
-    d: &'a mut [T],
+    q_groups: &'a [T],
+    d_groups: &'a [T],
+    q: &'a [T],
+    d: &'a [T],
     /// `sum_d do o`.
-    delta: &'a mut [T],
+    delta: &'a [T],
 }
 
 /// One key head, laid out for the backward pass: in panels, and keys in padded rows.
@@ -637,24 +637,28 @@ impl<T: Real> Problem<'_, T> {
     ) {
         let (h, padded, queries) = (self.heads, self.heads.padded(), self.group_queries());
         let key_len = self.panel_keys() * (2 * h.width + padded);
-        let query_len = queries * (2 * h.width + 2 * padded + 1);
+        let query_len = self.query_lens().iter().sum::<usize>();
         let union = self.union(b, 0..self.queries);
         cpu.scratch(key_len + h.group() * query_len, |mut all: &mut [T]| {
             simd!({
                 let keys = self.pack_keys(slot, head, &union, cut(&mut all, key_len));
-                let mut heads = Vec::with_capacity(h.group());
                 for g in 0..h.group() {
-                    let rest = cut(&mut all, query_len);
-                    heads.push(self.pack_queries(b, head * h.group() + g, arrived, rest));
+                    self.pack_queries(
+                        b,
+                        head * h.group() + g,
+                        arrived,
+                        &mut all[g * query_len..][..query_len],
+                    );
                 }
                 for at in (union.start / KEYS * KEYS..union.end).step_by(KEYS) {
-                    for (g, q) in heads.iter().enumerate() {
+                    for g in 0..h.group() {
+                        let q = self.query_head(&all[g * query_len..][..query_len]);
                         let lse = &arrived.lse[(b * h.heads + head * h.group() + g) * self.queries..];
                         for i in (0..self.queries).step_by(GROUP) {
                             let dq = &mut to.dq[(g * queries + i) * padded..][..GROUP * padded];
                             let tile = at * padded..(at + KEYS).min(self.keys) * padded;
                             let (dk, dv) = (&mut to.dk[tile.clone()], &mut to.dv[tile]);
-                            self.backward_group(b, i, at, q, &keys, lse, Gradients { dq, dk, dv });
+                            self.backward_group(b, i, at, &q, &keys, lse, Gradients { dq, dk, dv });
                         }
                     }
                 }
@@ -679,17 +683,33 @@ impl<T: Real> Problem<'_, T> {
         KeyHead { k_panels, v_panels, k: all }
     }
 
+    /// Elements of the parts of a [`QueryHead`], in their order.
+    fn query_lens(&self) -> [usize; 5] {
+        let (h, n) = (self.heads, self.group_queries());
+        [n * h.width, n * h.width, n * h.padded(), n * h.padded(), n]
+    }
+
+    /// What [`Problem::pack_queries`] left.
     #[inline(always)]
-    fn pack_queries<'a, 'r>(
-        &self,
-        b: usize,
-        head: usize,
-        arrived: &Arrived<'r, T>,
-        mut all: &'a mut [T],
-    ) -> QueryHead<'a, T> {
-        let (h, n, rows) = (self.heads, self.group_queries(), 0..self.queries);
-        let (q_groups, d_groups) = (cut(&mut all, n * h.width), cut(&mut all, n * h.width));
-        let (q, d) = (cut(&mut all, n * h.padded()), cut(&mut all, n * h.padded()));
+    fn query_head<'a>(&self, mut all: &'a [T]) -> QueryHead<'a, T> {
+        let [q_groups, d_groups, q, d, delta] = self.query_lens().map(
+            #[inline(always)]
+            |n| {
+                let (part, rest) = all.split_at(n);
+                all = rest;
+                part
+            },
+        );
+        QueryHead { q_groups, d_groups, q, d, delta }
+    }
+
+    #[inline(always)]
+    fn pack_queries<'r>(&self, b: usize, head: usize, arrived: &Arrived<'r, T>, mut all: &mut [T]) {
+        let (h, rows) = (self.heads, 0..self.queries);
+        let [q_groups, d_groups, q, d, delta] = self.query_lens().map(
+            #[inline(always)]
+            |n| cut(&mut all, n),
+        );
         let result = |x: &'r [T]| Columns {
             data: &x[b * self.queries * h.q_columns() + head * h.width..],
             stride: h.q_columns(),
@@ -701,9 +721,8 @@ impl<T: Real> Problem<'_, T> {
         from.pad(rows.clone(), h.padded(), q);
         grad.pad(rows.clone(), h.padded(), d);
         for i in rows {
-            all[i] = dot(o.row(i), grad.row(i));
+            delta[i] = dot(o.row(i), grad.row(i));
         }
-        QueryHead { q_groups, d_groups, q, d, delta: all }
     }
 
     /// The queries `i..i + GROUP` meet the key tile at `at`; `to` holds their rows and the tile's.
