@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let (key, value) = setting.split_once('=').ok_or("settings are written KEY=VALUE")?;
         config.set(key, value)?;
     }
-    let planned = Footprint::new(&Step::new(&config, None)?);
+    let planned = Footprint::new(&Step::new(&config, None)?, 0);
     let before = resident("VmRSS")?;
     let engine = Engine::initialised(config.model.clone(), cpu(0)?, 1)?;
     let mut trainer = Trainer::new(engine, config.train.clone())?;

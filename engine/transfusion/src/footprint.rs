@@ -49,6 +49,8 @@ pub struct Footprint {
     pub scratch: u64,
     /// Bytes that the CPU decodes bf16 operands into; none where kernels run.
     pub decoded: u64,
+    /// Bytes that ops on the CPU work in; kernels have theirs in the arena.
+    pub workspace: u64,
     /// FLOPs of a micro-batch as they are executed, every position of it used.
     pub loss: u64,
     /// Those among them that recomputation repeats.
@@ -58,21 +60,24 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// Of the plans of a step.
-    pub fn new(step: &Step) -> Footprint {
-        Footprint::of(&step.loss, &step.update)
+    /// Of the plans of a step; on a CPU, with so many threads, 0 for one on each core.
+    pub fn new(step: &Step, threads: usize) -> Footprint {
+        Footprint::of(&step.loss, &step.update, threads)
     }
 
-    fn of(loss: &Plan, update: &Plan) -> Footprint {
-        let larger = |bytes: fn(&Plan) -> usize| bytes(loss).max(bytes(update)) as u64;
+    fn of(loss: &Plan, update: &Plan, threads: usize) -> Footprint {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if threads == 0 { cores() } else { threads };
+        let [decoded, workspace] = CpuDevice::extra_bytes(&[loss, update], threads).map(|n| n as u64);
         Footprint {
             parameters: update.state_bytes(Kind::Param),
             gradients: update.state_bytes(Kind::Grad),
             optimizer: update.state_bytes(Kind::Optim),
             ema: update.state_bytes(Kind::Ema),
             inputs: (loss.input_bytes + update.input_bytes) as u64,
-            scratch: larger(|plan| plan.scratch_bytes),
-            decoded: larger(CpuDevice::decoded_bytes),
+            scratch: loss.scratch_bytes.max(update.scratch_bytes) as u64,
+            decoded,
+            workspace,
             loss: loss.cost().flops,
             repeated: loss.repeated().flops,
             update: update.cost().flops,
@@ -80,7 +85,7 @@ impl Footprint {
     }
 
     /// Bytes by what they are for.
-    pub fn bytes(&self) -> [(&'static str, u64); 7] {
+    pub fn bytes(&self) -> [(&'static str, u64); 8] {
         [
             ("parameters", self.parameters),
             ("gradients", self.gradients),
@@ -89,6 +94,7 @@ impl Footprint {
             ("inputs", self.inputs),
             ("scratch", self.scratch),
             ("decoded", self.decoded),
+            ("workspace", self.workspace),
         ]
     }
 
@@ -140,8 +146,8 @@ const STORED: [(Float, Float); 4] = [
 /// at most `budget` bytes; with the smallest, where none does. An optimiser step keeps its rows: they are cut into
 /// other micro-batches.
 ///
-/// They are ordered by preference, so that the first that fits is the one to take: what changes no bit comes before
-/// what rounds more, and of those what works least. Left out is what [`TrainOptions::check`] refuses.
+/// They are ordered by preference, so that the first that fits is the one to take: what works least comes first, and
+/// of those that work as much what rounds least. Left out is what [`TrainOptions::check`] refuses.
 ///
 /// # Errors
 /// As [`Step::new`].
@@ -149,30 +155,35 @@ pub fn fit(config: &RunConfig, target: Option<&Target>, budget: u64) -> Result<V
     config.model.check()?;
     config.train.check()?;
     let mut found = Vec::new();
-    for (gradients, moments) in STORED {
-        let stored = TrainOptions { gradients, moments, ..config.train.clone() };
-        let update = update(&RunConfig { train: stored.clone(), ..config.clone() }, target)?;
-        for recompute in [Recompute::None, Recompute::Cheap, Recompute::Blocks] {
-            let mut best: Option<Alternative> = None;
-            for train in micro_batches(&TrainOptions { recompute, ..stored.clone() }) {
-                let loss = match loss(&RunConfig { train: train.clone(), ..config.clone() }, target) {
-                    // More rows than a kernel can number.
-                    Err(_) if best.is_some() => break,
-                    loss => loss?,
-                };
-                let footprint = Footprint::of(&loss, &update);
-                let fits = footprint.total() <= budget;
-                if fits || best.is_none() {
-                    best = Some(Alternative { train, footprint, fits });
-                }
-                if !fits {
-                    break;
-                }
-            }
-            found.extend(best);
+    for recompute in [Recompute::None, Recompute::Cheap, Recompute::Blocks] {
+        for (gradients, moments) in STORED {
+            let train = TrainOptions { recompute, gradients, moments, ..config.train.clone() };
+            found.extend(largest(&RunConfig { train, ..config.clone() }, target, budget)?);
         }
     }
     Ok(found)
+}
+
+/// The largest micro-batches that fit, or the smallest of all; none where no setting is allowed.
+fn largest(config: &RunConfig, target: Option<&Target>, budget: u64) -> Result<Option<Alternative>> {
+    let update = update(config, target)?;
+    let mut best: Option<Alternative> = None;
+    for train in micro_batches(&config.train) {
+        let loss = match loss(&RunConfig { train: train.clone(), ..config.clone() }, target) {
+            // More rows than a kernel can number.
+            Err(_) if best.is_some() => break,
+            loss => loss?,
+        };
+        let footprint = Footprint::of(&loss, &update, 0);
+        let fits = footprint.total() <= budget;
+        if fits || best.is_none() {
+            best = Some(Alternative { train, footprint, fits });
+        }
+        if !fits {
+            break;
+        }
+    }
+    Ok(best)
 }
 
 /// The same optimiser step in micro-batches of every size that divides it, the smallest first.

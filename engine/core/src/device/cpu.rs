@@ -5,7 +5,7 @@ use super::{
     ledger::{Ledger, replaced},
 };
 use crate::{
-    cpu::Cpu,
+    cpu::{Cpu, most},
     error::{Error, Result},
     plan::{Plan, Segment, Slot, Step},
     tensor::{DType, Host, In, Out, View, ViewMut},
@@ -97,11 +97,19 @@ impl CpuDevice {
         })
     }
 
-    /// Bytes that it decodes the bf16 operands of a plan's steps into: those of the hungriest, since steps take
-    /// turns.
-    pub fn decoded_bytes(plan: &Plan) -> usize {
-        let run = plan.steps.iter().filter(|s| s.launches.is_empty() && !s.is_view());
-        run.map(staged_bytes).max().unwrap_or(0)
+    /// Bytes that a device with so many threads takes for the steps of `plans` beside what every device does: what
+    /// it decodes bf16 operands into, and what ops work in. Steps take turns, so that the hungriest ones count; those
+    /// that have kernels do not.
+    pub fn extra_bytes(plans: &[&Plan], threads: usize) -> [usize; 2] {
+        let decoded = plans.iter().map(|plan| decoded_bytes(plan)).max();
+        let workspace = most(plans.iter().map(|plan| workspace(plan, threads)));
+        [decoded.unwrap_or(0), workspace.iter().sum()]
+    }
+
+    /// Bytes that ops work in.
+    #[cfg(test)]
+    pub(crate) fn workspace_bytes(&self) -> usize {
+        self.cpu.spare_bytes()
     }
 
     /// How many threads it uses.
@@ -154,7 +162,8 @@ impl Device for CpuDevice {
             return Err(Error::Device(format!("{} has more than {OPERANDS} operands", s.op.name())));
         }
         self.ledger.missing(&plan)?;
-        let staging = self.staging.grown(CpuDevice::decoded_bytes(&plan), "the bf16 staging buffer")?;
+        let staging = self.staging.grown(decoded_bytes(&plan), "the bf16 staging buffer")?;
+        self.cpu.reserve(&workspace(&plan, self.threads()))?;
         let id = self.ledger.open(plan, Block::new)?;
         self.staging = staging.unwrap_or(std::mem::take(&mut self.staging));
         Ok(id)
@@ -244,6 +253,23 @@ fn beside<R: Send, F: FnOnce() -> R + Send>(others: usize, other: &(impl Fn() + 
         0 => f(),
         _ => rayon::join(|| beside(others - 1, other, f), other).0,
     }
+}
+
+/// The steps that run here.
+fn evaluated(plan: &Plan) -> impl Iterator<Item = &Step> {
+    plan.steps.iter().filter(|s| s.launches.is_empty() && !s.is_view())
+}
+
+/// Bytes of f32 that the bf16 operands of any step take when decoded.
+fn decoded_bytes(plan: &Plan) -> usize {
+    evaluated(plan).map(staged_bytes).max().unwrap_or(0)
+}
+
+/// Bytes of the buffers that any step borrows at the same time.
+fn workspace(plan: &Plan, threads: usize) -> Vec<usize> {
+    let specs = |slots: &[Slot]| slots.iter().map(|s| s.spec).collect::<Vec<_>>();
+    let all = most(evaluated(plan).map(|s| s.op.workspace(&specs(&s.ins), &specs(&s.outs), threads)));
+    all.into_iter().map(|bytes| bytes.next_multiple_of(8)).collect()
 }
 
 /// Bytes of f32 that the bf16 operands of a step take when decoded.

@@ -20,12 +20,12 @@ use transfusion_core::{launch::Target, op::Kind, plan};
 /// Show the bytes and the work of a training step and of sampling, before anything runs; or find the settings
 /// whose training step fits.
 ///
-/// The figures are those of the very plans that would run; no memory is taken for them. On a CPU, working
-/// space inside an op comes on top. A batch is one micro-batch of packed rows; FLOPs count every position of it
-/// as used. With --fit, every way to recompute and to store gradients and moments is tried with the largest
-/// micro-batches that fit; an optimiser step keeps its rows. The one to take is marked: first what changes no bit
-/// of the results, then what rounds least, and of those what works least. Leave room for what a driver keeps for
-/// itself, and for the samples that a run draws on the way.
+/// The figures are those of the very plans that would run; no memory is taken for them. On a CPU they are for one
+/// thread on each of this machine's cores. A batch is one micro-batch of packed rows; FLOPs count every position of
+/// it as used. With --fit, every way to recompute and to store gradients and moments is tried with the largest
+/// micro-batches that fit; an optimiser step keeps its rows. The one to take is marked: what works least, and of
+/// those that work as much what rounds least. Leave room for what a driver keeps for itself, and for the samples
+/// that a run draws on the way.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -109,7 +109,7 @@ impl Plan {
         }
         let sampling = sampling(&config, target.as_ref())?;
         let capacity = config.train.capacity(&config.model);
-        let page = Page { config, capacity, footprint: Footprint::new(&step), sampling };
+        let page = Page { config, capacity, footprint: Footprint::new(&step, 0), sampling };
         if self.json {
             return console::print(
                 serde_json::to_string_pretty(&self.in_json(&page)).map_err(Failure::error)?,
