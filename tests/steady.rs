@@ -198,8 +198,8 @@ fn on_the_cpu(scratch: &Path) {
 }
 
 /// A model that is asked for a text, then for a picture.
-fn sampling(config: &ModelConfig) {
-    let mut engine = Engine::initialised(config.clone(), cpu(1).unwrap(), 1).unwrap();
+fn sampling(config: &ModelConfig, threads: usize) {
+    let mut engine = Engine::initialised(config.clone(), cpu(threads).unwrap(), 1).unwrap();
     let words = |text: &str| vec![Part::Text(text.into())];
     let image = Part::Image(picture(config.image().unwrap().size, 1));
     let prompts = [words("a cat"), vec![image], words("two")];
@@ -339,6 +339,6 @@ fn a_step_allocates_nothing() {
     let scratch = Scratch::new("steady");
     what_is_allocated_is_seen();
     on_the_cpu(&scratch.0);
-    sampling(&mixed());
+    [1, 2].into_iter().for_each(|threads| sampling(&mixed(), threads));
     on_the_simulator();
 }

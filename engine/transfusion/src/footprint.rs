@@ -198,3 +198,44 @@ fn micro_batches(train: &TrainOptions) -> Vec<TrainOptions> {
     let sizes = (1..=all).filter(|rows| all.is_multiple_of(*rows));
     sizes.map(cut).filter(|train| train.check().is_ok()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_that_fits_works_least_and_rounds_least() {
+        let mut config = RunConfig::preset("text-tiny").unwrap();
+        (config.train.rows, config.train.accumulation) = (1, 1);
+        let all = fit(&config, None, u64::MAX).unwrap();
+        assert!(all.len() == 12 && all.iter().all(|a| a.fits));
+        assert!(all.is_sorted_by_key(|a| a.footprint.loss));
+        assert_eq!(all[0].train, config.train);
+        for a in &all {
+            let budget = a.footprint.total();
+            let want = all.iter().find(|a| a.footprint.total() <= budget).unwrap();
+            let found = fit(&config, None, budget).unwrap();
+            assert_eq!(found.iter().find(|a| a.fits).unwrap().train, want.train);
+        }
+        let least = all.iter().map(|a| a.footprint.total()).min().unwrap();
+        assert!(fit(&config, None, least - 1).unwrap().iter().all(|a| !a.fits));
+    }
+
+    #[test]
+    fn an_optimiser_step_keeps_its_rows() {
+        let mut config = RunConfig::preset("tiny").unwrap();
+        (config.train.rows, config.train.accumulation) = (4, 3);
+        let sizes: Vec<usize> = micro_batches(&config.train).iter().map(|t| t.rows).collect();
+        assert_eq!(sizes, [1, 2, 3, 4, 6, 12]);
+        let mut before = 0;
+        for train in micro_batches(&config.train) {
+            assert_eq!(train.rows * train.accumulation, 12);
+            let sized = RunConfig { train: train.clone(), ..config.clone() };
+            // With just as much memory as it takes, it is the largest that fits.
+            let budget = Footprint::new(&Step::new(&sized, None).unwrap(), 0).total();
+            assert!(budget > before);
+            assert_eq!(fit(&config, None, budget).unwrap()[0].train, train);
+            before = budget;
+        }
+    }
+}

@@ -197,10 +197,12 @@ impl Plan {
         } else {
             console::print(self.choice_in_words(config, budget, &all, chosen))?;
         }
-        let least = all.iter().map(|a| a.footprint.total()).min();
+        let least = all.iter().min_by_key(|a| a.footprint.total());
         match (chosen, least) {
             (None, Some(least)) => Err(Failure::error(format!(
-                "no training step fits into {budget} bytes; the least takes {least}"
+                "no training step fits into {budget} bytes; the least takes {}, with {}",
+                least.footprint.total(),
+                settings(least, &config.train)
             ))
             .hint("fewer --positions take less; so does a smaller model")),
             _ => Ok(()),
@@ -257,10 +259,7 @@ impl Plan {
             ));
         }
         lines.push("* to take, - does not fit".into());
-        lines.extend(chosen.map(|i| match all[i].settings(train) {
-            words if words.is_empty() => "fits as the settings are".into(),
-            words => format!("--set {}", words.join(" ")),
-        }));
+        lines.extend(chosen.map(|i| settings(&all[i], train)));
         lines.join("\n")
     }
 
@@ -293,6 +292,14 @@ impl Plan {
             "chosen": chosen,
             "set": chosen.map(|i| all[i].settings(&config.train)),
         })
+    }
+}
+
+/// How to say that an alternative is wanted.
+fn settings(alternative: &Alternative, given: &TrainOptions) -> String {
+    match alternative.settings(given) {
+        words if words.is_empty() => "the settings as they are".into(),
+        words => format!("--set {}", words.join(" ")),
     }
 }
 
