@@ -162,11 +162,12 @@ impl Device for CpuDevice {
             return Err(Error::Device(format!("{} has more than {OPERANDS} operands", s.op.name())));
         }
         self.ledger.missing(&plan)?;
-        let staging = self.staging.grown(decoded_bytes(&plan), "the bf16 staging buffer")?;
+        // A smaller one goes before the plan takes its memory.
+        if let Some(larger) = self.staging.grown(decoded_bytes(&plan), "the bf16 staging buffer")? {
+            self.staging = larger;
+        }
         self.cpu.reserve(&workspace(&plan, self.threads()))?;
-        let id = self.ledger.open(plan, Block::new)?;
-        self.staging = staging.unwrap_or(std::mem::take(&mut self.staging));
-        Ok(id)
+        self.ledger.open(plan, Block::new)
     }
 
     fn close(&mut self, plan: PlanId) {

@@ -228,7 +228,7 @@ impl Plan {
                 bytes(budget)
             ),
             format!(
-                "  {:10}{:10}{:10}{:>5}{:>15}{:>16}{:>8}{:>14}{:>9}",
+                "  {:10}{:10}{:10}{:>5}{:>15}{:>16}{:>9}{:>14}{:>9}",
                 "recompute",
                 "gradients",
                 "moments",
@@ -250,7 +250,7 @@ impl Plan {
             let share = 100.0 * footprint.total() as f64 / budget.max(1) as f64;
             let [recompute, gradients, moments] = words(train, ["recompute", "gradients", "moments"]);
             lines.push(format!(
-                "{mark} {recompute:10}{gradients:10}{moments:10}{:>5}{:>15}{:>16}{share:>7.1}%{:>14}{:>9.3}",
+                "{mark} {recompute:10}{gradients:10}{moments:10}{:>5}{:>15}{:>16}{share:>8.1}%{:>14}{:>9.3}",
                 train.rows,
                 train.accumulation,
                 footprint.total(),
