@@ -377,6 +377,20 @@ mod tests {
     }
 
     #[test]
+    fn ops_work_in_the_space_that_they_ask_for() {
+        for case in all() {
+            let all = [(DType::F32, 2), (DType::F64, 1), (DType::Bf16, 3), (DType::F32, 7)];
+            for &(float, threads) in if case.large { &all[..1] } else { &all } {
+                let mut r = Running::new(&case, float, case.differentiable, cpu(threads)).unwrap();
+                let asked = r.device.workspace_bytes();
+                r.outputs().unwrap();
+                let taken = r.device.workspace_bytes();
+                assert_eq!(taken, asked, "{case:?} in {float:?} with {threads} threads");
+            }
+        }
+    }
+
+    #[test]
     fn narrow_floats_stay_near_f64() {
         for case in all().into_iter().filter(|c| !c.large) {
             let exact = forward_backward(&case, DType::F64, cpu(1)).unwrap();

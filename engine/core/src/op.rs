@@ -71,6 +71,12 @@ pub trait Op: Debug + Send + Sync {
     /// in place appears among `outs` only; its input is empty. Other outputs arrive uninitialised.
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu);
 
+    /// Bytes of the buffers that [`Op::eval`] borrows of [`Cpu`] at the same time, at most, with so many threads.
+    fn workspace(&self, ins: &[Spec], outs: &[Spec], threads: usize) -> Vec<usize> {
+        let _ = (ins, outs, threads);
+        vec![]
+    }
+
     /// What a GPU runs for these shapes.
     ///
     /// # Errors

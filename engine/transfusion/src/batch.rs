@@ -1,4 +1,8 @@
 //! Documents packed into rows of one fixed shape: every tensor that a training step reads.
+mod prefetch;
+
+pub use prefetch::Prefetcher;
+
 use crate::{
     data::{Document, Order, Part, Shared},
     error::{Error, Result},
@@ -352,6 +356,8 @@ pub struct Packer {
     tokens: Tokens,
     geometry: Geometry,
     options: PackOptions,
+    /// Of the last document that was laid out: the next one takes its room.
+    layout: Layout,
 }
 
 /// A document as it will stand in a row.
@@ -363,6 +369,15 @@ struct Layout {
     targets: Vec<(usize, i32)>,
     images: Vec<Placed>,
     cut: bool,
+}
+
+impl Layout {
+    fn clear(&mut self) {
+        self.tokens.clear();
+        self.targets.clear();
+        self.images.clear();
+        self.cut = false;
+    }
 }
 
 struct Placed {
@@ -405,7 +420,8 @@ impl Packer {
             return Err(Error::Data(format!("{}: there is no document to pack", source.describe())));
         }
         let order = source.len().filter(|_| options.shuffle).map(|len| Order::new(seed, len));
-        Ok(Packer { source, order, seed, cursor: 0, end: u64::MAX, tokens, geometry, options })
+        let (end, layout) = (u64::MAX, Layout::default());
+        Ok(Packer { source, order, seed, cursor: 0, end, tokens, geometry, options, layout })
     }
 
     /// Ends before visit `end`: from there on, batches come back empty.
@@ -432,14 +448,17 @@ impl Packer {
         } else {
             *batch = Batch::new(self.geometry);
         }
-        let mut next = None;
+        let mut layout = std::mem::take(&mut self.layout);
+        let mut is_next = false;
         for row in 0..self.geometry.rows {
             let mut used = 0;
             while self.cursor < self.end {
-                let layout = next.take().unwrap_or_else(|| self.layout(coefficients));
+                if !is_next {
+                    self.lay_out(&mut layout, coefficients);
+                }
                 let end = used + layout.tokens.len();
-                if end > self.geometry.positions || !batch.has_room(&layout) {
-                    next = Some(layout);
+                is_next = end > self.geometry.positions || !batch.has_room(&layout);
+                if is_next {
                     break;
                 }
                 batch.place(row, used, &layout);
@@ -448,6 +467,7 @@ impl Packer {
             }
             batch.close(row, used);
         }
+        self.layout = layout;
     }
 
     fn stream(&self, purpose: Purpose) -> Stream {
@@ -455,10 +475,11 @@ impl Packer {
     }
 
     /// The document of the visit at the cursor.
-    fn layout(&self, coefficients: &dyn Fn(f32) -> [f32; 4]) -> Layout {
+    fn lay_out(&self, layout: &mut Layout, coefficients: &dyn Fn(f32) -> [f32; 4]) {
         let index = self.order.map_or(self.cursor, |order| order.at(self.cursor));
         let arranged = self.cut(self.arrange(self.source.document(index)));
-        let mut layout = Layout { cut: arranged.cut, ..Layout::default() };
+        layout.clear();
+        layout.cut = arranged.cut;
         if !arranged.stream {
             layout.tokens.push(self.tokens.bos);
         }
@@ -467,7 +488,7 @@ impl Packer {
                 Part::Text(text) => layout.tokens.extend(text.into_iter().map(i32::from)),
                 Part::Image(picture) => {
                     let time = self.time(layout.images.len(), arranged.limit);
-                    self.push_image(&mut layout, picture, time, coefficients(time));
+                    self.push_image(layout, picture, time, coefficients(time));
                 }
             }
         }
@@ -476,12 +497,12 @@ impl Packer {
             layout.tokens.push(self.tokens.eos);
         }
         if !arranged.mute {
-            layout.targets = self.targets(&layout.tokens);
+            let Layout { tokens, targets, .. } = &mut *layout;
+            targets.extend(self.targets(tokens));
         }
         if arranged.stream {
             layout.tokens.pop();
         }
-        layout
     }
 
     fn push_image(&self, layout: &mut Layout, picture: Arc<Picture>, time: f32, coefficients: [f32; 4]) {
@@ -496,10 +517,9 @@ impl Packer {
 
     /// BOS, text and EOI predict what follows; BOI and patches predict no token, so EOI is never
     /// predicted.
-    fn targets(&self, tokens: &[i32]) -> Vec<(usize, i32)> {
-        let pairs = tokens.windows(2).enumerate();
-        let predicts = |token: i32| token != -1 && token != self.tokens.boi;
-        pairs.filter(|(_, pair)| predicts(pair[0])).map(|(at, pair)| (at, pair[1])).collect()
+    fn targets(&self, tokens: &[i32]) -> impl Iterator<Item = (usize, i32)> {
+        let (pairs, boi) = (tokens.windows(2).enumerate(), self.tokens.boi);
+        pairs.filter(move |(_, pair)| pair[0] != -1 && pair[0] != boi).map(|(at, pair)| (at, pair[1]))
     }
 
     fn time(&self, image: usize, limit: u32) -> f32 {
@@ -555,13 +575,12 @@ impl Packer {
         };
         let span = self.geometry.patches() + 2;
         let most = slots.min(positions / span).min(text_rows);
-        let places = document.parts.iter().enumerate().filter(|(_, part)| is_image(part));
-        let places: Vec<usize> = places.map(|(place, _)| place).collect();
-        if let Some(&first) = places.get(most) {
+        let mut places = document.parts.iter().enumerate().filter(|(_, part)| is_image(part));
+        if let Some((first, _)) = places.nth(most) {
             document.parts.truncate(first);
             document.cut = true;
         }
-        let images = places.len().min(most);
+        let images = document.parts.iter().filter(|part| is_image(part)).count();
         let mut room = (positions - images * span).min(text_rows - images);
         for part in &mut document.parts {
             if let Part::Text(text) = part {

@@ -4,6 +4,7 @@ use crate::{
     error::{Error, Result},
     model::{self, Capacity, Extend, ImagePass, Init, LossOptions, UpdateOptions, Weight},
 };
+use half::bf16;
 use std::sync::Arc;
 use transfusion_core::{
     checkpoint::Checkpoint,
@@ -186,8 +187,8 @@ impl Engine {
     pub fn write_weight(&mut self, kind: Kind, name: &str, values: &[f32]) -> Result<()> {
         let at = Place::State(kind, name);
         if kind == Kind::Param && self.config.dtype() == DType::Bf16 {
-            let host = Host::from_f64(DType::Bf16, values.iter().map(|&x| f64::from(x)));
-            self.device.write(at, host.view())?;
+            let narrow: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+            self.device.write(at, View::Bf16(&narrow))?;
         } else {
             self.device.write(at, View::F32(values))?;
         }
@@ -202,6 +203,7 @@ impl Engine {
         let host = self.device.fetch(Place::State(kind, name))?;
         Ok(match host {
             Host::F32(values) => values,
+            Host::Bf16(values) => values.into_iter().map(f32::from).collect(),
             other => other.to_f64().iter().map(|&x| x as f32).collect(),
         })
     }

@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod report;
 pub mod run_dir;
 pub mod run;
+pub mod footprint;
 pub mod baseline;
 mod run_report;
 pub mod demo;

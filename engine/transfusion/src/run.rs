@@ -1,7 +1,7 @@
 //! A training run in a directory: data, steps, validation, sample grids, checkpoints, metrics, report.
 use crate::{
     baseline::LinearDenoiser,
-    batch::{Batch, Geometry, PackOptions, Packer, PairOrder},
+    batch::{Batch, Geometry, PackOptions, Packer, PairOrder, Prefetcher},
     config::ModelConfig,
     data::{self, Holdout, OpenOptions, Part, Shared},
     diffusion,
@@ -312,10 +312,9 @@ pub struct Run {
     dir: RunDir,
     metrics: Metrics,
     trainer: Trainer,
-    packer: Packer,
+    data: Prefetcher,
     training: Shared,
     validation: Option<Shared>,
-    batches: Vec<Batch>,
     grid: Option<report::Picture>,
     tally: Tally,
 }
@@ -395,9 +394,12 @@ impl Run {
         let training = data.source.clone();
         let mut packer = Packer::new(data.source, tokens, geometry, options, config.train.seed)?;
         packer.seek(trainer.progress().cursor);
-        let batches = vec![Batch::new(geometry); config.train.accumulation];
-        let (validation, tally, grid) = (data.validation, Tally::default(), None);
-        Ok(Run { config, dir, metrics, trainer, packer, training, validation, batches, grid, tally })
+        let objective = config.model.image().map(|i| i.objective);
+        let coefficients = move |t: f32| objective.map_or([0.0; 4], |o| diffusion::coefficients(o, t));
+        let validation = data.validation;
+        let data = Prefetcher::start(packer, config.train.accumulation, coefficients)?;
+        let (tally, grid) = (Tally::default(), None);
+        Ok(Run { config, dir, metrics, trainer, data, training, validation, grid, tally })
     }
 
     /// The model in training.
@@ -466,15 +468,11 @@ impl Run {
     }
 
     fn step(&mut self) -> Result<StepReport> {
-        let objective = self.config.model.image().map(|i| i.objective);
-        let coefficients = |t: f32| objective.map_or([0.0; 4], |o| diffusion::coefficients(o, t));
         let waiting = Instant::now();
-        for batch in &mut self.batches {
-            self.packer.fill(batch, &coefficients);
-        }
+        let (batches, cursor) = self.data.advance()?;
         self.tally.waited += waiting.elapsed().as_secs_f64();
-        let report = self.trainer.step(&self.batches)?;
-        self.trainer.set_cursor(self.packer.cursor());
+        let report = self.trainer.step(batches)?;
+        self.trainer.set_cursor(cursor);
         self.tally.tokens += report.tokens;
         Ok(report)
     }
@@ -487,12 +485,13 @@ impl Run {
         cancel: Cancel<'_>,
     ) -> Result<()> {
         let due = |every: u64| every > 0 && report.step.is_multiple_of(every);
-        let output = self.config.output.clone();
-        if due(output.log_every) || report.step == 1 || report.skipped {
+        let &OutputOptions { log_every, validate_every, sample_every, checkpoint_every, .. } =
+            &self.config.output;
+        if due(log_every) || report.step == 1 || report.skipped {
             let record = self.record(report);
             self.metrics.write(&record)?;
         }
-        if due(output.validate_every) {
+        if due(validate_every) {
             let evaluation = self.validate()?;
             if let Some(evaluation) = evaluation {
                 self.metrics.write(&validation_record(report.step, &evaluation))?;
@@ -500,17 +499,17 @@ impl Run {
             }
         }
         // First what must not be lost.
-        if due(output.checkpoint_every) {
+        if due(checkpoint_every) {
             self.checkpoint(observe)?;
         }
-        if due(output.sample_every) && self.config.model.image().is_some() {
+        if due(sample_every) && self.config.model.image().is_some() {
             match self.sample_grid(report.step, cancel) {
                 Ok(Some(path)) => observe(RunEvent::Grid(path)),
                 Ok(None) | Err(Error::Cancelled) => {}
                 Err(e) => return Err(e),
             }
         }
-        if due(output.checkpoint_every) {
+        if due(checkpoint_every) {
             self.report()?;
         }
         Ok(())

@@ -17,6 +17,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{
     collections::VecDeque,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,6 +26,7 @@ use std::{
 use transfusion_core::{
     device::Place,
     op::Kind,
+    ops::SamplerStep,
     random::{Purpose, Stream, halves},
     tensor::{View, ViewMut},
 };
@@ -247,6 +249,24 @@ struct Run<'a> {
     /// Text tokens end here: ids beyond are not text.
     bytes: i32,
     capacity: usize,
+    kept: Kept,
+}
+
+/// What steps write and read, kept from one to the next.
+#[derive(Default)]
+struct Kept {
+    /// The sequences of the step.
+    chosen: Vec<usize>,
+    rows: Vec<TextRow>,
+    /// The tokens of the rows, one row behind the other.
+    tokens: Vec<i32>,
+    ids: Vec<i32>,
+    positions: Vec<i32>,
+    row_end: Vec<i32>,
+    slots: Vec<i32>,
+    last: Vec<i32>,
+    logits: Vec<f32>,
+    ranked: Vec<(i32, f32)>,
 }
 
 impl<'a> Run<'a> {
@@ -271,7 +291,7 @@ impl<'a> Run<'a> {
             )));
         }
         let sequences: Vec<Sequence> =
-            prompts.iter().map(|parts| prompt(parts, options.goal, tokens, side)).collect::<Result<_>>()?;
+            prompts.iter().map(|parts| prompt(parts, options, tokens, side)).collect::<Result<_>>()?;
         let longest = sequences.iter().map(|s| cached_length(&s.pending, patches)).max().unwrap_or(0);
         let room = config.max_position_embeddings;
         if longest > room {
@@ -299,32 +319,33 @@ impl<'a> Run<'a> {
             channels,
             bytes,
             capacity: capacity.next_multiple_of(16),
+            kept: Kept::default(),
         })
     }
 
     /// Until every sequence is done.
     fn all(&mut self) -> Result<()> {
+        let mut chosen = std::mem::take(&mut self.kept.chosen);
         loop {
             self.cancel.check()?;
-            let text: Vec<usize> = self.select(|s| matches!(s.pending.front(), Some(Item::Token(_))));
-            let commit: Vec<usize> = self.select(|s| matches!(s.pending.front(), Some(Item::Image(_))));
-            let draw: Vec<usize> = self.select(|s| s.pending.is_empty() && s.mode == Mode::Image);
-            if !text.is_empty() {
-                self.extend_text(&text)?;
-            } else if !commit.is_empty() {
-                self.commit(&commit)?;
-            } else if !draw.is_empty() {
-                self.draw(&draw)?;
+            if self.select(&mut chosen, |s| matches!(s.pending.front(), Some(Item::Token(_)))) {
+                self.extend_text(&chosen)?;
+            } else if self.select(&mut chosen, |s| matches!(s.pending.front(), Some(Item::Image(_)))) {
+                self.commit(&chosen)?;
+            } else if self.select(&mut chosen, |s| s.pending.is_empty() && s.mode == Mode::Image) {
+                self.draw(&chosen)?;
             } else {
                 return Ok(());
             }
         }
     }
 
-    fn select(&self, what: impl Fn(&Sequence) -> bool) -> Vec<usize> {
-        (0..self.sequences.len())
-            .filter(|&i| self.sequences[i].mode != Mode::Done && what(&self.sequences[i]))
-            .collect()
+    /// The sequences that are not done and of which `what` holds; whether there is one.
+    fn select(&self, chosen: &mut Vec<usize>, what: impl Fn(&Sequence) -> bool) -> bool {
+        chosen.clear();
+        let all = self.sequences.iter().enumerate();
+        chosen.extend(all.filter(|(_, s)| s.mode != Mode::Done && what(s)).map(|(i, _)| i));
+        !chosen.is_empty()
     }
 
     fn guided(&self) -> bool {
@@ -346,39 +367,44 @@ impl<'a> Run<'a> {
     /// choose their next token.
     fn extend_text(&mut self, chosen: &[usize]) -> Result<()> {
         const LONGEST: usize = 128;
-        let mut rows = Vec::new();
+        let Kept { rows, tokens, .. } = &mut self.kept;
+        rows.clear();
+        tokens.clear();
         for &i in chosen {
-            let s = &mut self.sequences[i];
-            let mut ids = Vec::new();
-            while let (Some(Item::Token(t)), true) = (s.pending.front(), ids.len() < LONGEST) {
-                ids.push(*t);
+            let (s, first) = (&mut self.sequences[i], tokens.len());
+            while let (Some(Item::Token(t)), true) = (s.pending.front(), tokens.len() - first < LONGEST) {
+                tokens.push(*t);
                 s.pending.pop_front();
             }
-            rows.push(TextRow { slot: i, at: s.length, ids });
-            s.length += rows.last().map_or(0, |r| r.ids.len());
+            rows.push(TextRow { slot: i, at: s.length, tokens: first..tokens.len() });
+            s.length += tokens.len() - first;
         }
-        let logits = self.run_text(&rows)?;
+        self.run_text()?;
         let vocabulary = self.engine.config().vocab_size;
+        let logits = std::mem::take(&mut self.kept.logits);
         for (row, logits) in chosen.iter().zip(logits.chunks(vocabulary)) {
             let s = &self.sequences[*row];
             if s.pending.is_empty() && s.mode == Mode::Text {
                 self.choose(*row, logits);
             }
         }
+        self.kept.logits = logits;
         Ok(())
     }
 
-    /// Runs the text program over rows of tokens; logits after each row's last token.
-    fn run_text(&mut self, rows: &[TextRow]) -> Result<Vec<f32>> {
-        let longest = rows.iter().map(|r| r.ids.len()).max().unwrap_or(1);
-        let e = self.extend(rows.len(), longest);
+    /// Runs the text program over the kept rows of tokens; leaves the logits after each row's last token.
+    fn run_text(&mut self) -> Result<()> {
+        let longest = self.kept.rows.iter().map(|r| r.tokens.len()).max().unwrap_or(1);
+        let e = self.extend(self.kept.rows.len(), longest);
         let n = e.rows * e.positions;
-        let (mut ids, mut positions, mut row_end) = (vec![-1; n], vec![-1; n], vec![0; n]);
-        let (mut slots, mut last) = (vec![-1; e.rows], vec![-1; e.rows]);
+        let Kept { rows, tokens, ids, positions, row_end, slots, last, logits, .. } = &mut self.kept;
+        [&mut *ids, &mut *positions].into_iter().for_each(|all| refill(all, n, -1));
+        [&mut *slots, &mut *last].into_iter().for_each(|all| refill(all, e.rows, -1));
+        refill(row_end, n, 0);
         for (r, row) in rows.iter().enumerate() {
             slots[r] = row.slot as i32;
-            last[r] = (r * e.positions + row.ids.len() - 1) as i32;
-            for (j, id) in row.ids.iter().enumerate() {
+            last[r] = (r * e.positions + row.tokens.len() - 1) as i32;
+            for (j, id) in tokens[row.tokens.clone()].iter().enumerate() {
                 let at = r * e.positions + j;
                 ids[at] = *id;
                 positions[at] = (row.at + j) as i32;
@@ -387,19 +413,17 @@ impl<'a> Run<'a> {
         }
         let plan = self.engine.open(Program::Text(e))?;
         for (name, values) in [
-            ("tokens", &ids),
-            ("positions", &positions),
-            ("row_end", &row_end),
-            ("slots", &slots),
-            ("last", &last),
+            ("tokens", ids),
+            ("positions", positions),
+            ("row_end", row_end),
+            ("slots", slots),
+            ("last", last),
         ] {
             self.engine.ints(plan, name, values)?;
         }
         self.engine.run(plan)?;
-        let mut logits = vec![0.0; e.rows * self.engine.config().vocab_size];
-        self.engine.output(plan, "logits", &mut logits)?;
-        logits.truncate(rows.len() * self.engine.config().vocab_size);
-        Ok(logits)
+        refill(logits, e.rows * self.engine.config().vocab_size, 0.0);
+        self.engine.output(plan, "logits", logits)
     }
 
     /// A sequence's next token, and what follows from it.
@@ -411,7 +435,7 @@ impl<'a> Run<'a> {
         let stream = Stream::new(self.options.seed, Purpose::Token, i as u64);
         let s = &mut self.sequences[i];
         let u = stream.uniform(s.tokens as u32);
-        let Some(token) = pick(logits, allowed, self.options, u) else {
+        let Some(token) = pick(logits, allowed, self.options, u, &mut self.kept.ranked) else {
             s.mode = Mode::Done;
             return;
         };
@@ -471,19 +495,21 @@ impl<'a> Run<'a> {
         self.write_state("memory", images, &vec![0.0; images * numel])?;
         self.engine.ints(plan, "seed", &seed_words(o.seed))?;
         let all = diffusion::evaluations(o.sampler, objective, o.steps, o.guidance, o.clip, o.start);
+        let (mut keys, mut times) = (vec![[0; 3]; images], vec![0.0; e.rows]);
+        let mut rows = vec![[0.0; SamplerStep::WIDTH]; images];
         for (step, evaluation) in all.iter().enumerate() {
             self.cancel.check()?;
-            let keys: Vec<i32> = (0..images)
-                .flat_map(|r| {
-                    let i = chosen.get(r).copied().unwrap_or(0);
-                    let drawn = self.sequences[i].images as u64;
-                    let [low, high] = halves(i as u64 | drawn << 40).map(u32::cast_signed);
-                    [low, high, step as i32]
-                })
-                .collect();
-            self.engine.ints(plan, "keys", &keys)?;
-            self.engine.floats(plan, "times", &vec![evaluation.t; e.rows])?;
-            self.engine.floats(plan, "steps", &evaluation.step.row().repeat(images))?;
+            for (r, key) in keys.iter_mut().enumerate() {
+                let i = chosen.get(r).copied().unwrap_or(0);
+                let drawn = self.sequences[i].images as u64;
+                let [low, high] = halves(i as u64 | drawn << 40).map(u32::cast_signed);
+                *key = [low, high, step as i32];
+            }
+            times.fill(evaluation.t);
+            rows.fill(evaluation.step.row());
+            self.engine.ints(plan, "keys", keys.as_flattened())?;
+            self.engine.floats(plan, "times", &times)?;
+            self.engine.floats(plan, "steps", rows.as_flattened())?;
             self.engine.run(plan)?;
             (self.observe)(Event::Denoised { step: step + 1, of: all.len() });
         }
@@ -503,10 +529,9 @@ impl<'a> Run<'a> {
             return Ok(rows);
         }
         let n = self.sequences.len();
-        let ids = vec![self.tokens.bos, self.tokens.boi];
-        let twins: Vec<TextRow> =
-            chosen.iter().map(|&i| TextRow { slot: n + i, at: 0, ids: ids.clone() }).collect();
-        self.run_text(&twins)?;
+        self.kept.tokens = vec![self.tokens.bos, self.tokens.boi];
+        self.kept.rows = chosen.iter().map(|&i| TextRow { slot: n + i, at: 0, tokens: 0..2 }).collect();
+        self.run_text()?;
         rows.resize(images, (usize::MAX, 0));
         rows.extend(chosen.iter().map(|&i| (n + i, 2)));
         rows.resize(2 * images, (usize::MAX, 0));
@@ -568,11 +593,17 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Tokens that go to a slot from a position on.
+/// Some of the kept tokens, which go to a slot from a position on.
 struct TextRow {
     slot: usize,
     at: usize,
-    ids: Vec<i32>,
+    tokens: Range<usize>,
+}
+
+/// Makes a buffer `n` times `value`.
+fn refill<T: Clone>(buffer: &mut Vec<T>, n: usize, value: T) {
+    buffer.clear();
+    buffer.resize(n, value);
 }
 
 /// The name of a state that holds images being drawn.
@@ -585,7 +616,8 @@ fn is_image(part: &Part) -> bool {
 }
 
 /// A prompt as items, and what follows it.
-fn prompt(parts: &[Part], goal: Goal, t: Tokens, side: usize) -> Result<Sequence> {
+fn prompt(parts: &[Part], options: &SampleOptions, t: Tokens, side: usize) -> Result<Sequence> {
+    let goal = options.goal;
     let mut pending = VecDeque::from([Item::Token(t.bos)]);
     for part in parts {
         match part {
@@ -606,7 +638,8 @@ fn prompt(parts: &[Part], goal: Goal, t: Tokens, side: usize) -> Result<Sequence
     if goal == Goal::Image {
         pending.push_back(Item::Token(t.boi));
     }
-    Ok(Sequence { pending, mode, length: 0, parts: vec![], text: vec![], tokens: 0, images: 0 })
+    let text = Vec::with_capacity(if goal == Goal::Image { 0 } else { options.max_text });
+    Ok(Sequence { pending, mode, length: 0, parts: vec![], text, tokens: 0, images: 0 })
 }
 
 /// Positions that pending items take in the cache.
@@ -614,11 +647,17 @@ fn cached_length(pending: &VecDeque<Item>, patches: usize) -> usize {
     pending.iter().map(|i| if matches!(i, Item::Image(_)) { patches } else { 1 }).sum()
 }
 
-/// The token for a uniform number `u`, among those allowed; none if nothing is allowed.
-fn pick(logits: &[f32], allowed: impl Fn(i32) -> bool, o: &SampleOptions, u: f32) -> Option<i32> {
-    let mut ranked: Vec<(i32, f32)> =
-        logits.iter().enumerate().map(|(i, l)| (i as i32, *l)).filter(|(i, _)| allowed(*i)).collect();
-    ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+/// The token for a uniform number `u`, among those allowed; none if nothing is allowed. `ranked` is room to work.
+fn pick(
+    logits: &[f32],
+    allowed: impl Fn(i32) -> bool,
+    o: &SampleOptions,
+    u: f32,
+    ranked: &mut Vec<(i32, f32)>,
+) -> Option<i32> {
+    ranked.clear();
+    ranked.extend(logits.iter().enumerate().map(|(i, l)| (i as i32, *l)).filter(|(i, _)| allowed(*i)));
+    ranked.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     let best = ranked.first()?.1;
     if o.temperature == 0.0 {
         return ranked.first().map(|(i, _)| *i);
@@ -651,18 +690,20 @@ mod tests {
         let logits = [1.0, 3.0, 2.0, f32::NEG_INFINITY];
         let o = SampleOptions::default();
         let any = |_| true;
+        let pick =
+            |allowed: &dyn Fn(i32) -> bool, o: &SampleOptions, u| pick(&logits, allowed, o, u, &mut vec![]);
         let greedy = SampleOptions { temperature: 0.0, ..o.clone() };
-        assert_eq!(pick(&logits, any, &greedy, 0.99), Some(1));
-        assert_eq!(pick(&logits, |i| i != 1, &greedy, 0.0), Some(2));
-        assert_eq!(pick(&logits, |_| false, &o, 0.5), None);
+        assert_eq!(pick(&any, &greedy, 0.99), Some(1));
+        assert_eq!(pick(&|i| i != 1, &greedy, 0.0), Some(2));
+        assert_eq!(pick(&|_| false, &o, 0.5), None);
         let mut counts = [0; 4];
-        (0..10_000).for_each(|i| counts[pick(&logits, any, &o, i as f32 / 10_000.0).unwrap() as usize] += 1);
+        (0..10_000).for_each(|i| counts[pick(&any, &o, i as f32 / 10_000.0).unwrap() as usize] += 1);
         for (count, want) in counts.iter().zip([0.0900, 0.6652, 0.2447, 0.0]) {
             assert!((f64::from(*count) / 10_000.0 - want).abs() < 2e-3, "{counts:?}");
         }
         let top = SampleOptions { top_k: 1, ..o.clone() };
-        assert_eq!(pick(&logits, any, &top, 0.99), Some(1));
+        assert_eq!(pick(&any, &top, 0.99), Some(1));
         let nucleus = SampleOptions { top_p: 0.9, ..o };
-        assert_eq!(pick(&logits, any, &nucleus, 0.9999), Some(2));
+        assert_eq!(pick(&any, &nucleus, 0.9999), Some(2));
     }
 }

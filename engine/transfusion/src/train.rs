@@ -274,15 +274,12 @@ impl Trainer {
         if options.ema > 0.0 && !engine.has_ema() {
             engine.start_ema()?;
         }
-        engine.open(Program::Loss(capacity, options.loss()))?;
-        engine.open(Program::Update(options.update()))?;
-        let mut trainer = Trainer {
-            engine,
-            capacity,
-            progress: Progress { seed: options.seed, ..Default::default() },
-            options,
-        };
+        let progress = Progress { seed: options.seed, ..Default::default() };
+        let mut trainer = Trainer { engine, capacity, progress, options };
+        // What copies weights goes before the largest plan takes its memory.
+        trainer.engine.open(Program::Update(trainer.options.update()))?;
         trainer.start_masters()?;
+        trainer.engine.open(Program::Loss(capacity, trainer.options.loss()))?;
         Ok(trainer)
     }
 

@@ -127,7 +127,10 @@ fn help_names_every_option() {
         ("train", [&train[..], &settings, &machine].concat()),
         ("sample", [&sample[..], &machine].concat()),
         ("eval", [&["--data", "--json", "--documents", "--levels"][..], &machine].concat()),
-        ("plan", [&["--batch", "--positions", "--json", "--listing"][..], &settings].concat()),
+        (
+            "plan",
+            [&["--batch", "--fit", "--positions", "--target", "--json", "--listing"][..], &settings].concat(),
+        ),
         ("inspect", vec!["PATH"]),
         ("export", vec!["--out"]),
     ] {
@@ -144,7 +147,7 @@ fn help_names_every_option() {
 #[test]
 fn wrong_usage_exits_2() {
     let folder = scratch("usage");
-    let usages: [(&[&str], &str); 13] = [
+    let usages: [(&[&str], &str); 16] = [
         (&["draw"], "draw"),
         (&["train", "--out", "r"], "--data"),
         (&["train", "--data", "shapes"], "--out"),
@@ -158,6 +161,9 @@ fn wrong_usage_exits_2() {
         (&["sample", "m", "--out", "a.png", "--cfg", "NaN"], "finite"),
         (&["sample", "m", "--to", "text", "--out", "a.png"], "a .txt file or a folder"),
         (&["plan", "--preset", "tiny", "--batch", "0"], "1..=4096"),
+        (&["plan", "--preset", "tiny"], "--batch"),
+        (&["plan", "--batch", "1", "--fit", "1GB"], "--fit"),
+        (&["plan", "--fit", "12 parsecs"], "80GiB"),
     ];
     for (args, word) in usages {
         fail(&folder, args, 2, &[word]);
@@ -362,7 +368,49 @@ fn plans_are_exact() {
         "{listing}"
     );
     assert!(succeed(&folder, &["plan", "--batch", "2"]).contains("total"));
+    let blocks = ["plan", "--batch", "2", "--target", "h200", "--set", "train.recompute=blocks"];
+    let blocks = succeed(&folder, &[&blocks[..], &["model.torch_dtype=bfloat16"]].concat());
+    assert!(blocks.contains("again") && blocks.contains("on H200"), "{blocks}");
     fail(&folder, &["plan", "--batch", "2", "--set", "train.rowz=1"], 1, &["did you mean rows?"]);
+}
+
+#[test]
+fn settings_that_fit_are_found() {
+    let folder = scratch("fit");
+    let fit = |bytes: &str, more: &[&str]| {
+        let args = [&["plan", "--preset", "text-tiny", "--json", "--fit", bytes], more].concat();
+        serde_json::from_str::<Value>(&succeed(&folder, &args)).unwrap()
+    };
+    let total = |json: &Value, i: usize| json["alternatives"][i]["bytes"]["total"].as_u64().unwrap();
+    // Everything fits: nothing is given up, and the step is one micro-batch.
+    let all = fit("1TiB", &["--set", "train.rows=2", "train.accumulation=3"]);
+    assert_eq!(all["chosen"], 0);
+    assert_eq!(all["set"], serde_json::json!(["train.rows=6", "train.accumulation=1"]));
+    // Nothing smaller than the largest alternative that does.
+    let tight = total(&all, 0) - 1;
+    let json = fit(&tight.to_string(), &["--set", "train.rows=2", "train.accumulation=3"]);
+    let chosen = json["chosen"].as_u64().unwrap() as usize;
+    assert!(total(&json, chosen) <= tight && total(&json, chosen) > tight / 2);
+    assert_eq!(json["alternatives"][chosen]["gradients"], "float32");
+    // What it says is what `plan` says of the same settings.
+    let words: Vec<&str> = json["set"].as_array().unwrap().iter().map(|w| w.as_str().unwrap()).collect();
+    let rows = json["alternatives"][chosen]["rows"].to_string();
+    let plan = ["plan", "--preset", "text-tiny", "--json", "--batch", &rows, "--set"];
+    let plan = succeed(&folder, &[&plan[..], &words].concat());
+    let plan: Value = serde_json::from_str(&plan).unwrap();
+    assert_eq!(plan["bytes"], json["alternatives"][chosen]["bytes"]);
+    assert_eq!(plan["flops"], json["alternatives"][chosen]["flops"]);
+    // In words, and where nothing fits.
+    let words = succeed(&folder, &["plan", "--preset", "text-tiny", "--fit", &tight.to_string()]);
+    assert!(
+        words.contains("to take") && words.contains("--set") || words.contains("the settings as they are")
+    );
+    fail(
+        &folder,
+        &["plan", "--preset", "text-tiny", "--fit", "1MB"],
+        1,
+        &["the least takes", "with --set", "hint: "],
+    );
 }
 
 #[test]

@@ -20,14 +20,18 @@ pub(super) fn is_available() -> bool {
         && is_x86_feature_detected!("avx512vl")
 }
 
+/// Words that [`product`] borrows for a left factor of `rows` rows: a panel, and a block in strips.
+pub(super) fn space(rows: usize) -> usize {
+    DEPTH * COLUMNS + rows.div_ceil(ROWS) * ROWS * DEPTH
+}
+
 /// `c = a b`, or `c += a b`, on this thread.
 ///
 /// # Panics
 /// Unless [`is_available`], or if shapes differ.
 pub(super) fn product(c: &mut [f32], a: Mat<'_, f32>, b: Mat<'_, f32>, accumulate: bool, cpu: &Cpu) {
     assert!(is_available(), "no AVX-512 BF16");
-    let strips = a.rows.div_ceil(ROWS) * ROWS * DEPTH;
-    cpu.scratch(DEPTH * COLUMNS + strips, |spare: &mut [f32]| {
+    cpu.scratch(space(a.rows), |spare: &mut [f32]| {
         let (panel, strips) = bytemuck::cast_slice_mut(spare).split_at_mut(DEPTH * COLUMNS);
         #[expect(unsafe_code, reason = "instructions chosen at run time")]
         // SAFETY: the processor has the instructions that the function is compiled for: asserted above.

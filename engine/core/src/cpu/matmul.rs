@@ -124,7 +124,10 @@ pub fn matmul<T: Real>(
 /// packs the right factor again. That costs less than to pass it between the caches of processors. No
 /// sum crosses pieces, so how many there are changes no bit.
 pub fn piece_rows(m: usize) -> usize {
-    let threads = rayon::current_num_threads();
+    rows_of_piece(m, rayon::current_num_threads())
+}
+
+fn rows_of_piece(m: usize, threads: usize) -> usize {
     m.div_ceil(threads).next_multiple_of(if m < PIECE * threads { STRIP } else { PIECE })
 }
 
@@ -146,11 +149,39 @@ pub fn matmul_rows<T: Real>(
     if T::DTYPE == DType::F32 && precision.rounds() {
         return bf16::product(bytemuck::cast_slice_mut(c), a.single(), b.single(), accumulate, cpu);
     }
-    let strips = if a.col_stride == 1 { 0 } else { a.rows.div_ceil(SHORT) * STRIP * DEPTH };
-    cpu.scratch(DEPTH * PANEL + strips, |spare: &mut [T]| {
+    cpu.scratch(DEPTH * PANEL + strips_len(a.rows, a.col_stride == 1), |spare: &mut [T]| {
         let (packed, strips) = spare.split_at_mut(DEPTH * PANEL);
         pulp::Arch::new().dispatch(Product { c, a, b, accumulate, packed, strips });
     });
+}
+
+/// Elements of a block of the left factor in strips.
+fn strips_len(rows: usize, contiguous: bool) -> usize {
+    if contiguous { 0 } else { rows.div_ceil(SHORT) * STRIP * DEPTH }
+}
+
+/// Bytes that [`matmul_rows`] borrows for `rows` rows of a left factor of `dtype`, contiguous or not.
+pub fn rows_space(rows: usize, contiguous: bool, dtype: DType, precision: Precision) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if dtype != DType::F64 && precision.rounds() {
+        return 4 * bf16::space(rows);
+    }
+    (DEPTH * PANEL + strips_len(rows, contiguous)) * dtype.accumulator().size()
+}
+
+/// Bytes that [`matmul`] borrows at the same time for a left factor of `m` rows, one buffer for each piece.
+pub fn product_space(
+    m: usize,
+    contiguous: bool,
+    dtype: DType,
+    precision: Precision,
+    threads: usize,
+) -> Vec<usize> {
+    if m <= FEW {
+        return vec![];
+    }
+    let rows = rows_of_piece(m, threads);
+    vec![rows_space(rows.min(m), contiguous, dtype, precision); m.div_ceil(rows)]
 }
 
 /// Most columns of a panel.

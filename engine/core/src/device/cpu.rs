@@ -5,7 +5,7 @@ use super::{
     ledger::{Ledger, replaced},
 };
 use crate::{
-    cpu::Cpu,
+    cpu::{Cpu, most},
     error::{Error, Result},
     plan::{Plan, Segment, Slot, Step},
     tensor::{DType, Host, In, Out, View, ViewMut},
@@ -40,6 +40,8 @@ pub struct CpuDevice {
     poison: bool,
     ledger: Ledger<Block>,
     staging: Block,
+    /// Of the plan that runs.
+    bases: Bases,
 }
 
 /// Zeroed memory, 64-byte aligned.
@@ -91,7 +93,23 @@ impl CpuDevice {
             poison: options.poison,
             ledger: Ledger::default(),
             staging: Block::default(),
+            bases: Bases::default(),
         })
+    }
+
+    /// Bytes that a device with so many threads takes for the steps of `plans` beside what every device does: what
+    /// it decodes bf16 operands into, and what ops work in. Steps take turns, so that the hungriest ones count; those
+    /// that have kernels do not.
+    pub fn extra_bytes(plans: &[&Plan], threads: usize) -> [usize; 2] {
+        let decoded = plans.iter().map(|plan| decoded_bytes(plan)).max();
+        let workspace = most(plans.iter().map(|plan| workspace(plan, threads)));
+        [decoded.unwrap_or(0), workspace.iter().sum()]
+    }
+
+    /// Bytes that ops work in.
+    #[cfg(test)]
+    pub(crate) fn workspace_bytes(&self) -> usize {
+        self.cpu.spare_bytes()
     }
 
     /// How many threads it uses.
@@ -101,14 +119,14 @@ impl CpuDevice {
 
     fn execute(&mut self, id: PlanId, mut time: Option<&mut Vec<Duration>>) -> Result<()> {
         let plan = self.ledger.plan(id)?.clone();
-        let base = self.bases(id, &plan)?;
-        let CpuDevice { cpu, pool, poison, staging, .. } = self;
+        self.find_bases(id, &plan)?;
+        let CpuDevice { cpu, pool, poison, staging, bases, .. } = self;
         let staging = bytemuck::cast_slice_mut::<Line, f32>(&mut staging.0);
         pool.install(|| {
             awake(|| {
                 for step in &plan.steps {
                     let start = Instant::now();
-                    run_step(step, &base, staging, cpu, *poison);
+                    run_step(step, bases, staging, cpu, *poison);
                     if let Some(time) = time.as_deref_mut() {
                         time.push(start.elapsed());
                     }
@@ -118,8 +136,8 @@ impl CpuDevice {
         Ok(())
     }
 
-    /// Where the segments of a plan begin.
-    fn bases(&mut self, id: PlanId, plan: &Plan) -> Result<Bases> {
+    /// Notes where the segments of a plan begin.
+    fn find_bases(&mut self, id: PlanId, plan: &Plan) -> Result<()> {
         let poison = self.poison;
         let mut at = |segment| {
             let bytes = self.ledger.block_mut(id, segment)?.bytes_mut();
@@ -128,11 +146,13 @@ impl CpuDevice {
             }
             Ok::<_, Error>(bytes.as_mut_ptr())
         };
-        Ok(Bases {
-            states: (0..plan.states.len()).map(|i| at(Segment::State(i))).collect::<Result<_>>()?,
-            inputs: at(Segment::Input)?,
-            scratch: at(Segment::Scratch)?,
-        })
+        let Bases { states, inputs, scratch } = &mut self.bases;
+        states.clear();
+        for i in 0..plan.states.len() {
+            states.push(at(Segment::State(i))?);
+        }
+        (*inputs, *scratch) = (at(Segment::Input)?, at(Segment::Scratch)?);
+        Ok(())
     }
 }
 
@@ -142,11 +162,12 @@ impl Device for CpuDevice {
             return Err(Error::Device(format!("{} has more than {OPERANDS} operands", s.op.name())));
         }
         self.ledger.missing(&plan)?;
-        let staging = plan.steps.iter().map(staged_bytes).max().unwrap_or(0);
-        let staging = self.staging.grown(staging, "the bf16 staging buffer")?;
-        let id = self.ledger.open(plan, Block::new)?;
-        self.staging = staging.unwrap_or(std::mem::take(&mut self.staging));
-        Ok(id)
+        // A smaller one goes before the plan takes its memory.
+        if let Some(larger) = self.staging.grown(decoded_bytes(&plan), "the bf16 staging buffer")? {
+            self.staging = larger;
+        }
+        self.cpu.reserve(&workspace(&plan, self.threads()))?;
+        self.ledger.open(plan, Block::new)
     }
 
     fn close(&mut self, plan: PlanId) {
@@ -220,12 +241,36 @@ fn awake<R: Send>(f: impl FnOnce() -> R + Send) -> R {
             }
         }
     };
-    rayon::scope(|s| {
-        (0..others).for_each(|_| s.spawn(|_| watch()));
+    beside(others, &watch, || {
         wait();
         let _done = Done(&done);
         f()
     })
+}
+
+/// Runs `f`, and `other` on so many more threads; unlike `rayon::scope`, it takes no memory for that.
+fn beside<R: Send, F: FnOnce() -> R + Send>(others: usize, other: &(impl Fn() + Sync), f: F) -> R {
+    match others {
+        0 => f(),
+        _ => rayon::join(|| beside(others - 1, other, f), other).0,
+    }
+}
+
+/// The steps that run here.
+fn evaluated(plan: &Plan) -> impl Iterator<Item = &Step> {
+    plan.steps.iter().filter(|s| s.launches.is_empty() && !s.is_view())
+}
+
+/// Bytes of f32 that the bf16 operands of any step take when decoded.
+fn decoded_bytes(plan: &Plan) -> usize {
+    evaluated(plan).map(staged_bytes).max().unwrap_or(0)
+}
+
+/// Bytes of the buffers that any step borrows at the same time.
+fn workspace(plan: &Plan, threads: usize) -> Vec<usize> {
+    let specs = |slots: &[Slot]| slots.iter().map(|s| s.spec).collect::<Vec<_>>();
+    let all = most(evaluated(plan).map(|s| s.op.workspace(&specs(&s.ins), &specs(&s.outs), threads)));
+    all.into_iter().map(|bytes| bytes.next_multiple_of(8)).collect()
 }
 
 /// Bytes of f32 that the bf16 operands of a step take when decoded.
@@ -233,20 +278,37 @@ fn staged_bytes(step: &Step) -> usize {
     let of = |s: &Slot| {
         if s.spec.dtype == DType::Bf16 { (s.spec.shape.numel() * 4).next_multiple_of(64) } else { 0 }
     };
-    step.ins.iter().chain(&step.outs).map(of).sum()
+    let ins = step.ins.iter().enumerate().filter(|(i, _)| !is_replaced(step, *i)).map(|(_, slot)| slot);
+    ins.chain(&step.outs).map(of).sum()
+}
+
+/// Whether an output stands in the place of input `i`.
+fn is_replaced(step: &Step, i: usize) -> bool {
+    (0..step.outs.len()).any(|o| replaced(step, o) == Some(i))
 }
 
 /// Where the segments begin.
+#[derive(Debug)]
 struct Bases {
     states: Vec<*mut u8>,
     inputs: *mut u8,
     scratch: *mut u8,
 }
 
-// SAFETY: the pointers are derived from exclusive borrows that outlive the run, and one thread at a
-// time walks the steps.
+impl Default for Bases {
+    fn default() -> Self {
+        Bases { states: Vec::new(), inputs: std::ptr::null_mut(), scratch: std::ptr::null_mut() }
+    }
+}
+
+// SAFETY: the pointers are followed only during a run, at whose begin they are derived from exclusive borrows
+// that outlive it, and one thread at a time walks the steps.
 #[expect(unsafe_code, reason = "the disjoint borrows of the arena")]
 unsafe impl Sync for Bases {}
+
+// SAFETY: as above; between runs they are numbers.
+#[expect(unsafe_code, reason = "the disjoint borrows of the arena")]
+unsafe impl Send for Bases {}
 
 impl Bases {
     fn at(&self, slot: &Slot) -> *mut u8 {
@@ -268,9 +330,8 @@ fn run_step(step: &Step, base: &Bases, staging: &mut [f32], cpu: &Cpu, poison: b
     let mut outs: [Out<'_>; OPERANDS] =
         std::array::from_fn(|_| Out { shape: [0].into(), stored: DType::U8, data: ViewMut::U8(&mut []) });
     for (i, slot) in step.ins.iter().enumerate() {
-        let in_place = (0..step.outs.len()).any(|o| replaced(step, o) == Some(i));
         ins[i].shape = slot.spec.shape;
-        ins[i].data = match if in_place { empty(slot.spec.dtype) } else { borrow(base, slot) } {
+        ins[i].data = match if is_replaced(step, i) { empty(slot.spec.dtype) } else { borrow(base, slot) } {
             View::Bf16(v) => View::F32(stage(v, &mut free)),
             view => view,
         };

@@ -19,7 +19,8 @@ use std::{
 /// Blocks are asked for in bytes and arrive zeroed; a block is dropped when nothing needs it any more.
 #[derive(Debug)]
 pub struct Ledger<B> {
-    index: HashMap<(Kind, String), usize>,
+    /// Which of `states` has this name: by kind, so that a look-up makes no name of its own.
+    index: HashMap<Kind, HashMap<String, usize>>,
     states: Vec<Option<(Spec, B)>>,
     plans: Vec<Option<Opened<B>>>,
     scratch: Option<(usize, B)>,
@@ -71,7 +72,7 @@ impl<B> Ledger<B> {
             scratch: plan.scratch_bytes.saturating_sub(self.scratch_bytes()) as u64,
         };
         for s in &plan.states {
-            let held = self.index.get(&(s.kind, s.name.clone())).and_then(|&i| self.states[i].as_ref());
+            let held = self.number(s.kind, &s.name).and_then(|i| self.states[i].as_ref());
             match held {
                 Some((have, _)) if *have == s.spec => {}
                 Some((have, _)) => {
@@ -100,8 +101,8 @@ impl<B> Ledger<B> {
         let mut fresh = Vec::new();
         let mut states = Vec::with_capacity(plan.states.len());
         for s in &plan.states {
-            states.push(match self.index.get(&(s.kind, s.name.clone())) {
-                Some(&i) => i,
+            states.push(match self.number(s.kind, &s.name) {
+                Some(i) => i,
                 None => {
                     fresh.push((s, zeroed(s.spec.bytes(), &s.name)?));
                     self.states.len() + fresh.len() - 1
@@ -111,7 +112,7 @@ impl<B> Ledger<B> {
         let inputs = zeroed(plan.input_bytes, "the inputs of a plan")?;
         self.grow(plan.scratch_bytes, &mut zeroed)?;
         for (s, block) in fresh {
-            self.index.insert((s.kind, s.name.clone()), self.states.len());
+            self.index.entry(s.kind).or_default().insert(s.name.clone(), self.states.len());
             self.states.push(Some((s.spec, block)));
         }
         self.plans.push(Some(Opened { plan, states, inputs }));
@@ -150,8 +151,8 @@ impl<B> Ledger<B> {
         }
         let named: HashSet<usize> = self.plans.iter().flatten().flat_map(|p| p.states.clone()).collect();
         let states = &mut self.states;
-        self.index.retain(|(kind, _), i| {
-            let stays = *kind != Kind::Cache || named.contains(i);
+        self.index.entry(Kind::Cache).or_default().retain(|_, i| {
+            let stays = named.contains(i);
             if !stays {
                 states[*i] = None;
             }
@@ -223,8 +224,8 @@ impl<B> Ledger<B> {
         let missing = |why: &str| Error::Place { what: format!("{at:?}"), why: why.into() };
         let block = match at {
             Place::State(kind, name) => {
-                let i = self.index.get(&(kind, name.to_string()));
-                let state = i.and_then(|&i| self.states[i].as_mut()).map(|(_, block)| block);
+                let i = self.number(kind, name);
+                let state = i.and_then(|i| self.states[i].as_mut()).map(|(_, block)| block);
                 state.ok_or_else(|| missing("no plan has named it"))?
             }
             Place::Input(id, _) => self.block_mut(id, Segment::Input)?,
@@ -241,8 +242,7 @@ impl<B> Ledger<B> {
         let missing = |why: &str| Error::Place { what: format!("{at:?}"), why: why.into() };
         let (opened, slot) = match at {
             Place::State(kind, name) => {
-                let i = self.index.get(&(kind, name.to_string()));
-                let state = i.and_then(|&i| self.states[i].as_ref());
+                let state = self.number(kind, name).and_then(|i| self.states[i].as_ref());
                 let (spec, block) = state.ok_or_else(|| missing("no plan has named it"))?;
                 return Ok((block, 0, *spec));
             }
@@ -252,6 +252,11 @@ impl<B> Ledger<B> {
         let slot = slot.ok_or_else(|| missing("the plan has no such name"))?;
         let block = self.segment(opened, slot.segment).ok_or_else(|| missing("it has no memory"))?;
         Ok((block, slot.offset, slot.spec))
+    }
+
+    /// Which of the states has this name.
+    fn number(&self, kind: Kind, name: &str) -> Option<usize> {
+        self.index.get(&kind)?.get(name).copied()
     }
 
     fn opened(&self, plan: PlanId) -> Result<&Opened<B>> {

@@ -98,6 +98,10 @@ impl Op for SumSquares {
         if sum.shape.numel() != 1 { Err(format!("{sum:?} is not one number")) } else { Ok(vec![sum]) }
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
+        vec![ins[1].shape.numel().div_ceil(CHUNK) * size_of::<f64>()]
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
             let x = T::read(&ins[1]);

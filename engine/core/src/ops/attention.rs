@@ -392,15 +392,25 @@ struct Softmax<'a, T> {
 impl<T: Real> Problem<'_, T> {
     fn forward(&self, o: &mut [T], lse: &mut [T], cpu: &Cpu) {
         let (rows, lses) = (self.queries * self.heads.q_columns(), self.queries * self.heads.heads);
-        o.par_chunks_mut(rows).zip(lse.par_chunks_mut(lses)).enumerate().for_each(|(b, (o, lse))| match self
-            .slot(b)
-        {
-            None => {
-                o.fill(T::ZERO);
-                lse.fill(T::ZERO);
+        if self.queries < GROUP {
+            let each = o.par_chunks_mut(rows).zip(lse.par_chunks_mut(lses)).enumerate();
+            return each.for_each(|(b, (o, lse))| match self.slot(b) {
+                Some(slot) => self.few(b, slot, o, lse, cpu),
+                None => [o, lse].into_iter().for_each(|x| x.fill(T::ZERO)),
+            });
+        }
+        // A batch row to a thread at a time: what more of them are packed into would be touched in vain.
+        let (n, len) = (rayon::current_num_threads().min(o.len() / rows), self.packed_len());
+        cpu.scratch(n * len, |packed: &mut [T]| {
+            for (i, (o, lse)) in o.chunks_mut(n * rows).zip(lse.chunks_mut(n * lses)).enumerate() {
+                let each = o.par_chunks_mut(rows).zip(lse.par_chunks_mut(lses));
+                each.zip(packed.par_chunks_mut(len)).enumerate().for_each(
+                    |(r, ((o, lse), packed))| match self.slot(i * n + r) {
+                        Some(slot) => self.many(i * n + r, slot, o, lse, packed, cpu),
+                        None => [o, lse].into_iter().for_each(|x| x.fill(T::ZERO)),
+                    },
+                );
             }
-            Some(slot) if self.queries < GROUP => self.few(b, slot, o, lse, cpu),
-            Some(slot) => self.many(b, slot, o, lse, cpu),
         });
     }
 
@@ -428,39 +438,51 @@ impl<T: Real> Problem<'_, T> {
         });
     }
 
+    /// Elements of the packed keys and of the packed values of a head.
+    fn head_lens(&self) -> [usize; 2] {
+        [self.heads.width, self.heads.padded()].map(|width| self.panel_keys() * width)
+    }
+
+    /// Elements that [`Problem::many`] packs: keys and values of all heads, `lse` tile by tile.
+    fn packed_len(&self) -> usize {
+        let [k_len, v_len] = self.head_lens();
+        self.heads.kv_heads * (k_len + v_len) + self.queries.div_ceil(TILE) * self.heads.heads * TILE
+    }
+
+    /// Elements that [`Problem::tile`] borrows.
+    fn tile_len(&self) -> usize {
+        TILE * (self.heads.width + self.heads.padded())
+    }
+
     /// Many queries: keys and values of the row are packed once, then query tiles go in parallel.
-    fn many(&self, b: usize, slot: usize, o: &mut [T], lse: &mut [T], cpu: &Cpu) {
+    fn many(&self, b: usize, slot: usize, o: &mut [T], lse: &mut [T], all: &mut [T], cpu: &Cpu) {
         let h = self.heads;
         let union = self.union(b, 0..self.queries);
-        let (k_len, v_len) = (self.panel_keys() * h.width, self.panel_keys() * h.padded());
-        let parts = self.queries.div_ceil(TILE) * h.heads * TILE;
-        cpu.scratch(h.kv_heads * (k_len + v_len) + parts, |all: &mut [T]| {
-            let (packed, parts) = all.split_at_mut(h.kv_heads * (k_len + v_len));
-            packed.par_chunks_mut(k_len + v_len).enumerate().for_each(|(head, packed)| {
-                let (k, v) = packed.split_at_mut(k_len);
-                simd!({
-                    self.kv(self.k, slot, head).panels::<LANES>(union.clone(), k);
-                    self.kv(self.v, slot, head).pad(union.clone(), h.padded(), v);
-                });
+        let [k_len, v_len] = self.head_lens();
+        let (packed, parts) = all.split_at_mut(h.kv_heads * (k_len + v_len));
+        packed.par_chunks_mut(k_len + v_len).enumerate().for_each(|(head, packed)| {
+            let (k, v) = packed.split_at_mut(k_len);
+            simd!({
+                self.kv(self.k, slot, head).panels::<LANES>(union.clone(), k);
+                self.kv(self.v, slot, head).pad(union.clone(), h.padded(), v);
             });
-            let packed = &*packed;
-            let tiles =
-                o.par_chunks_mut(TILE * h.q_columns()).zip(parts.par_chunks_mut(h.heads * TILE)).enumerate();
-            tiles.for_each(|(t, (o, lse))| {
-                for head in 0..h.heads {
-                    let (k, v) =
-                        packed[head / h.group() * (k_len + v_len)..][..k_len + v_len].split_at(k_len);
-                    let lse = &mut lse[head * TILE..][..TILE];
-                    self.tile(b, t * TILE, head, &Packed { k, v }, o, lse, cpu);
-                }
-            });
-            for (t, part) in parts.chunks(h.heads * TILE).enumerate() {
-                for (lse, part) in lse.chunks_mut(self.queries).zip(part.chunks(TILE)) {
-                    let n = TILE.min(self.queries - t * TILE);
-                    lse[t * TILE..][..n].copy_from_slice(&part[..n]);
-                }
+        });
+        let packed = &*packed;
+        let tiles =
+            o.par_chunks_mut(TILE * h.q_columns()).zip(parts.par_chunks_mut(h.heads * TILE)).enumerate();
+        tiles.for_each(|(t, (o, lse))| {
+            for head in 0..h.heads {
+                let (k, v) = packed[head / h.group() * (k_len + v_len)..][..k_len + v_len].split_at(k_len);
+                let lse = &mut lse[head * TILE..][..TILE];
+                self.tile(b, t * TILE, head, &Packed { k, v }, o, lse, cpu);
             }
         });
+        for (t, part) in parts.chunks(h.heads * TILE).enumerate() {
+            for (lse, part) in lse.chunks_mut(self.queries).zip(part.chunks(TILE)) {
+                let n = TILE.min(self.queries - t * TILE);
+                lse[t * TILE..][..n].copy_from_slice(&part[..n]);
+            }
+        }
     }
 
     /// One head of the queries from `first` on; `o` holds the tile's rows of all heads.
@@ -476,7 +498,7 @@ impl<T: Real> Problem<'_, T> {
     ) {
         let h = self.heads;
         let rows = o.len() / h.q_columns();
-        cpu.scratch(TILE * (h.width + h.padded()), |all: &mut [T]| {
+        cpu.scratch(self.tile_len(), |all: &mut [T]| {
             let (q, sum) = all.split_at_mut(TILE * h.width);
             let tile = self.q(b, head);
             let tile = Columns { data: &tile.data[first * tile.stride..], ..tile };
@@ -583,12 +605,12 @@ struct Gradients<'a, T> {
 
 /// One query head, laid out for the backward pass: interleaved by groups, and in padded rows.
 struct QueryHead<'a, T> {
-    q_groups: &'a mut [T],
-    d_groups: &'a mut [T],
-    q: &'a mut [T],
-    d: &'a mut [T],
+    q_groups: &'a [T],
+    d_groups: &'a [T],
+    q: &'a [T],
+    d: &'a [T],
     /// `sum_d do o`.
-    delta: &'a mut [T],
+    delta: &'a [T],
 }
 
 /// One key head, laid out for the backward pass: in panels, and keys in padded rows.
@@ -636,25 +658,28 @@ impl<T: Real> Problem<'_, T> {
         cpu: &Cpu,
     ) {
         let (h, padded, queries) = (self.heads, self.heads.padded(), self.group_queries());
-        let key_len = self.panel_keys() * (2 * h.width + padded);
-        let query_len = queries * (2 * h.width + 2 * padded + 1);
+        let [key_len, query_len] = self.backward_lens();
         let union = self.union(b, 0..self.queries);
         cpu.scratch(key_len + h.group() * query_len, |mut all: &mut [T]| {
             simd!({
                 let keys = self.pack_keys(slot, head, &union, cut(&mut all, key_len));
-                let mut heads = Vec::with_capacity(h.group());
                 for g in 0..h.group() {
-                    let rest = cut(&mut all, query_len);
-                    heads.push(self.pack_queries(b, head * h.group() + g, arrived, rest));
+                    self.pack_queries(
+                        b,
+                        head * h.group() + g,
+                        arrived,
+                        &mut all[g * query_len..][..query_len],
+                    );
                 }
                 for at in (union.start / KEYS * KEYS..union.end).step_by(KEYS) {
-                    for (g, q) in heads.iter().enumerate() {
+                    for g in 0..h.group() {
+                        let q = self.query_head(&all[g * query_len..][..query_len]);
                         let lse = &arrived.lse[(b * h.heads + head * h.group() + g) * self.queries..];
                         for i in (0..self.queries).step_by(GROUP) {
                             let dq = &mut to.dq[(g * queries + i) * padded..][..GROUP * padded];
                             let tile = at * padded..(at + KEYS).min(self.keys) * padded;
                             let (dk, dv) = (&mut to.dk[tile.clone()], &mut to.dv[tile]);
-                            self.backward_group(b, i, at, q, &keys, lse, Gradients { dq, dk, dv });
+                            self.backward_group(b, i, at, &q, &keys, lse, Gradients { dq, dk, dv });
                         }
                     }
                 }
@@ -679,17 +704,39 @@ impl<T: Real> Problem<'_, T> {
         KeyHead { k_panels, v_panels, k: all }
     }
 
+    /// Elements of a [`KeyHead`] and of a [`QueryHead`].
+    fn backward_lens(&self) -> [usize; 2] {
+        let key_len = self.panel_keys() * (2 * self.heads.width + self.heads.padded());
+        [key_len, self.query_lens().iter().sum()]
+    }
+
+    /// Elements of the parts of a [`QueryHead`], in their order.
+    fn query_lens(&self) -> [usize; 5] {
+        let (h, n) = (self.heads, self.group_queries());
+        [n * h.width, n * h.width, n * h.padded(), n * h.padded(), n]
+    }
+
+    /// What [`Problem::pack_queries`] left.
     #[inline(always)]
-    fn pack_queries<'a, 'r>(
-        &self,
-        b: usize,
-        head: usize,
-        arrived: &Arrived<'r, T>,
-        mut all: &'a mut [T],
-    ) -> QueryHead<'a, T> {
-        let (h, n, rows) = (self.heads, self.group_queries(), 0..self.queries);
-        let (q_groups, d_groups) = (cut(&mut all, n * h.width), cut(&mut all, n * h.width));
-        let (q, d) = (cut(&mut all, n * h.padded()), cut(&mut all, n * h.padded()));
+    fn query_head<'a>(&self, mut all: &'a [T]) -> QueryHead<'a, T> {
+        let [q_groups, d_groups, q, d, delta] = self.query_lens().map(
+            #[inline(always)]
+            |n| {
+                let (part, rest) = all.split_at(n);
+                all = rest;
+                part
+            },
+        );
+        QueryHead { q_groups, d_groups, q, d, delta }
+    }
+
+    #[inline(always)]
+    fn pack_queries<'r>(&self, b: usize, head: usize, arrived: &Arrived<'r, T>, mut all: &mut [T]) {
+        let (h, rows) = (self.heads, 0..self.queries);
+        let [q_groups, d_groups, q, d, delta] = self.query_lens().map(
+            #[inline(always)]
+            |n| cut(&mut all, n),
+        );
         let result = |x: &'r [T]| Columns {
             data: &x[b * self.queries * h.q_columns() + head * h.width..],
             stride: h.q_columns(),
@@ -701,9 +748,8 @@ impl<T: Real> Problem<'_, T> {
         from.pad(rows.clone(), h.padded(), q);
         grad.pad(rows.clone(), h.padded(), d);
         for i in rows {
-            all[i] = dot(o.row(i), grad.row(i));
+            delta[i] = dot(o.row(i), grad.row(i));
         }
-        QueryHead { q_groups, d_groups, q, d, delta: all }
     }
 
     /// The queries `i..i + GROUP` meet the key tile at `at`; `to` holds their rows and the tile's.
@@ -776,22 +822,31 @@ impl<T: Real> Problem<'_, T> {
 
     /// `dqkv`, batch rows in parallel.
     fn backward_packed(&self, arrived: &Arrived<'_, T>, dqkv: &mut [T], cpu: &Cpu) {
+        let (row, len) = (self.queries * self.q.1, self.heads.kv_heads * self.gradient_len());
+        // As in `forward`.
+        let n = rayon::current_num_threads().min(dqkv.len() / row);
+        cpu.scratch(n * len, |parts: &mut [T]| {
+            for (i, dqkv) in dqkv.chunks_mut(n * row).enumerate() {
+                let each = dqkv.par_chunks_mut(row).zip(parts.par_chunks_mut(len)).enumerate();
+                each.for_each(|(r, (dqkv, parts))| self.backward_row(i * n + r, arrived, dqkv, parts, cpu));
+            }
+        });
+    }
+
+    /// `dqkv` of batch row `b`.
+    fn backward_row(&self, b: usize, arrived: &Arrived<'_, T>, dqkv: &mut [T], parts: &mut [T], cpu: &Cpu) {
         let (h, stride) = (self.heads, self.q.1);
-        dqkv.par_chunks_mut(self.queries * stride).enumerate().for_each(|(b, dqkv)| {
-            cpu.scratch(h.kv_heads * self.gradient_len(), |parts: &mut [T]| {
-                self.backward(b, arrived, parts, cpu);
-                let parts = &*parts;
-                dqkv.par_chunks_mut(TILE * stride).enumerate().for_each(|(t, rows)| {
-                    for (n, row) in rows.chunks_mut(stride).enumerate() {
-                        let (q, kv) = row.split_at_mut(h.q_columns());
-                        let (k, v) = kv.split_at_mut(h.kv_columns());
-                        self.dq_row(parts, t * TILE + n, q);
-                        k.fill(T::ZERO);
-                        v.fill(T::ZERO);
-                        self.add_dkv_row(parts, t * TILE + n, k, v);
-                    }
-                });
-            });
+        self.backward(b, arrived, parts, cpu);
+        let parts = &*parts;
+        dqkv.par_chunks_mut(TILE * stride).enumerate().for_each(|(t, rows)| {
+            for (n, row) in rows.chunks_mut(stride).enumerate() {
+                let (q, kv) = row.split_at_mut(h.q_columns());
+                let (k, v) = kv.split_at_mut(h.kv_columns());
+                self.dq_row(parts, t * TILE + n, q);
+                k.fill(T::ZERO);
+                v.fill(T::ZERO);
+                self.add_dkv_row(parts, t * TILE + n, k, v);
+            }
         });
     }
 
@@ -869,6 +924,13 @@ impl Attention {
         Ok([batch, queries, k.shape.dims()[1]])
     }
 
+    /// Batch rows, and a problem of such sizes without operands.
+    fn problem(&self, ins: &[Spec]) -> (usize, Problem<'static, f32>) {
+        let ([batch, queries, keys], none) = (self.sizes(ins).unwrap_or_default(), (&[][..], 0));
+        let (heads, slots, start, end) = (self.heads, None, &[][..], &[][..]);
+        (batch, Problem { heads, queries, keys, slots, start, end, q: none, k: none, v: none })
+    }
+
     /// The products of every query with every key, `count` of them: what the static shapes allow. How
     /// many a mask leaves is known only when it runs.
     fn flops(&self, ins: &[Spec], count: u64) -> u64 {
@@ -891,6 +953,16 @@ impl Op for Attention {
         let [batch, queries, _] = self.sizes(ins)?;
         let o = Spec::new([batch, queries, self.heads.q_columns()], ins[0].dtype);
         Ok(vec![o, Spec::new([batch, self.heads.heads, queries], o.dtype.accumulator())])
+    }
+
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        let ((batch, p), size) = (self.problem(ins), ins[0].dtype.accumulator().size());
+        let rows = threads.min(batch);
+        if p.queries < GROUP {
+            return vec![p.panel_keys() * size; rows];
+        }
+        let tiles = threads.min(rows * p.queries.div_ceil(TILE));
+        [vec![rows * p.packed_len() * size], vec![p.tile_len() * size; tiles]].concat()
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
@@ -938,6 +1010,17 @@ impl Op for AttentionBwd {
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         Ok(ins[..if self.0.cached { 3 } else { 1 }].to_vec())
+    }
+
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        let operands = &ins[..self.0.operands()];
+        let ((batch, p), size) = (self.0.problem(operands), ins[0].dtype.accumulator().size());
+        // With caches the gradients of all batch rows wait for each other.
+        let rows = if self.0.cached { batch } else { threads.min(batch) };
+        let heads = threads.min(rows * p.heads.kv_heads);
+        let [key_len, query_len] = p.backward_lens();
+        let head = (key_len + p.heads.group() * query_len) * size;
+        [vec![rows * p.heads.kv_heads * p.gradient_len() * size], vec![head; heads]].concat()
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {

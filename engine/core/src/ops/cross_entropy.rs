@@ -90,6 +90,13 @@ impl Op for CrossEntropy {
         Ok(vec![Spec::new([1], sums), Spec::new([ins[0].shape.rows()], sums)])
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        let (rows, v) = (ins[0].shape.rows(), ins[1].shape.rows());
+        let (task, size) = (TASK.min(rows), ins[0].dtype.accumulator().size());
+        let each = [task * v * size, rows_space(task, true, ins[0].dtype, self.precision)];
+        [vec![rows * size], each.repeat(threads.min(rows.div_ceil(TASK)))].concat()
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         let [loss, lse] = outs else { return };
         real!(loss, T => {
@@ -163,6 +170,15 @@ impl Op for CrossEntropyBwd {
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         shapes(ins)?;
         Ok(vec![ins[0], if self.accumulate { ins[6] } else { ins[1] }])
+    }
+
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        let (c, v) = (ins[1].shape.last(), ins[1].shape.rows());
+        let (rows, size) = (ins[0].shape.rows().min(window(v)), ins[0].dtype.accumulator().size());
+        let task = rows_space(TASK.min(rows), true, ins[0].dtype, self.precision);
+        let tasks = vec![task; threads.min(rows.div_ceil(TASK))];
+        let weight = product_space(v, false, ins[0].dtype, self.precision, threads);
+        [vec![rows * v * size], most([tasks, [vec![rows * c * size], weight].concat()])].concat()
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {

@@ -157,6 +157,10 @@ impl Op for Linear {
         Ok(if self.activation == Activation::None { vec![y] } else { vec![y, pre] })
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads)
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => self.run::<T>(ins, outs, cpu));
     }
@@ -212,6 +216,10 @@ impl Op for LinearDx {
         Ok(vec![Spec::new(dy.shape.with_last(w.shape.last()), dy.dtype)])
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads)
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
@@ -243,6 +251,10 @@ impl Op for LinearDw {
         let (dy, x) = (ins[0], ins[1]);
         let dw = Spec::new([dy.shape.last(), x.shape.last()], x.dtype);
         Ok(vec![if self.accumulate { ins[2] } else { dw }])
+    }
+
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        product_space(ins[0].shape.last(), false, ins[0].dtype, self.precision, threads)
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {

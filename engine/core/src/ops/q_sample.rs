@@ -70,6 +70,12 @@ impl Op for QSample {
         Ok(vec![Spec::new(x.shape, to); 2])
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        let images = ins[1].shape.rows();
+        let noise = ins[0].shape.numel() / images.max(1) * size_of::<f32>();
+        vec![noise; if self.counter { threads.min(images) } else { 0 }]
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         let [noised, target] = outs else { return };
         real!(noised, T => {

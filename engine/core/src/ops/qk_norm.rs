@@ -136,6 +136,11 @@ impl Layout {
     }
 }
 
+/// Rows that sum their `dwq` and `dwk` together.
+fn chunk(rows: usize, packed: usize) -> usize {
+    chunk_rows(packed).max(rows.div_ceil(64))
+}
+
 impl Op for QkNormBwd {
     fn name(&self) -> &'static str {
         "qk_norm_bwd"
@@ -148,13 +153,19 @@ impl Op for QkNormBwd {
         })
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
+        let rows = ins[0].shape.rows();
+        let parts = rows.div_ceil(chunk(rows, self.heads.packed_width()));
+        vec![parts * 2 * self.heads.width * ins[0].dtype.accumulator().size()]
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         let [dx, dwq, dwk] = outs else { return };
         real!(dx, T => {
             let (rows, packed, width) = (dx.shape.rows(), self.heads.packed_width(), self.heads.width);
             let [x, wq, wk, dy] = [0, 1, 2, 3].map(|i| T::read(&ins[i]));
             let (dx, dwq, dwk) = (T::write(dx), T::write(dwq), T::write(dwk));
-            let chunk = chunk_rows(packed).max(rows.div_ceil(64));
+            let chunk = chunk(rows, packed);
             if !self.accumulate {
                 dwq.fill(T::ZERO);
                 dwk.fill(T::ZERO);

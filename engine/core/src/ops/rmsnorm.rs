@@ -96,6 +96,11 @@ impl Op for RmsNorm {
     }
 }
 
+/// Rows that sum their `dw` together.
+fn chunk(rows: usize, width: usize) -> usize {
+    chunk_rows(width).max(rows.div_ceil(64))
+}
+
 impl Op for RmsNormBwd {
     fn name(&self) -> &'static str {
         "rmsnorm_bwd"
@@ -106,13 +111,18 @@ impl Op for RmsNormBwd {
         Ok(vec![ins[0], dw])
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
+        let (rows, width) = (ins[0].shape.rows(), ins[0].shape.last());
+        vec![rows.div_ceil(chunk(rows, width)) * width * ins[0].dtype.accumulator().size()]
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         let [dx, dw] = outs else { return };
         real!(dx, T => {
             let width = dw.shape.last();
             let [x, w, r, dy] = [0, 1, 2, 3].map(|i| T::read(&ins[i]));
             let (dx, dw) = (T::write(dx), T::write(dw));
-            let chunk = chunk_rows(width).max(r.len().div_ceil(64));
+            let chunk = chunk(r.len(), width);
             if !self.accumulate {
                 dw.fill(T::ZERO);
             }

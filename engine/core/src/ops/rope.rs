@@ -56,6 +56,13 @@ impl Rope {
         });
     }
 
+    /// Bytes of what [`Rope::run`] borrows for rows of `x`.
+    fn space(&self, x: Spec) -> Vec<usize> {
+        let chunks = x.shape.rows().div_ceil(chunk_rows(self.heads.packed_width()));
+        let tables = chunks * self.heads.width * x.dtype.accumulator().size();
+        vec![self.heads.width / 2 * size_of::<f64>(), tables]
+    }
+
     #[inline(always)]
     fn turn_row<T: Real>(&self, row: &mut [T], position: i32, steps: &[f64], table: &mut [T]) {
         for (turn, step) in table.as_chunks_mut::<2>().0.iter_mut().zip(steps) {
@@ -129,6 +136,10 @@ impl Op for Rope {
         Ok(vec![qkv])
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
+        self.space(ins[0])
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => self.run::<T>(&[], ins[1].i32(), T::write(&mut outs[0]), 1.0, cpu));
     }
@@ -161,6 +172,10 @@ impl Op for RopeBwd {
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         self.0.infer(ins)
+    }
+
+    fn workspace(&self, ins: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
+        self.0.space(ins[0])
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {

@@ -93,6 +93,11 @@ impl Op for SamplerUpdate {
         if seed.shape.dims() != [2] { Err(format!("seed {seed:?} is not [2]")) } else { Ok(vec![x; 2]) }
     }
 
+    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
+        let images = ins[5].shape.rows();
+        vec![ins[0].shape.numel() / images.max(1) * size_of::<f32>(); threads.min(images)]
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         let [x, memory] = outs else { return };
         real!(x, T => {

@@ -73,6 +73,10 @@ impl Op for TimeEmbedding {
         Ok(vec![y])
     }
 
+    fn workspace(&self, _: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
+        vec![self.width / 2 * size_of::<f64>()]
+    }
+
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => cpu.scratch(self.width / 2, |f| {
             frequencies(f);
@@ -112,6 +116,10 @@ impl Op for SinePositions {
             return Err(format!("{} columns are not four equal parts", self.width));
         }
         Ok(vec![y])
+    }
+
+    fn workspace(&self, _: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
+        vec![self.width / 4 * size_of::<f64>()]
     }
 
     fn eval(&self, _: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {

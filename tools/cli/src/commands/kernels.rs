@@ -9,6 +9,8 @@ mod sim;
 mod traffic;
 mod workbench;
 
+pub(crate) use workbench::Model;
+
 use crate::failure::Outcome;
 use clap::{Args, Subcommand};
 
