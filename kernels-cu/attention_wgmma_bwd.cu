@@ -6,7 +6,7 @@
 // once for its 128 queries (dq; tiles of 64 keys pass by): two products more than with dq added up in memory, and the
 // same bits every time. One warp finds and copies what passes by into a ring of stages; two warpgroups have 64 rows
 // each. p and ds never leave the registers: as left factors they multiply the stage that they were made of. While one
-// warpgroup takes exponentials the other multiplies.
+// warpgroup takes exponentials the other may multiply.
 //
 // `stats` (lse log2 e, do . o), `seen` and `spans` are what attention_bwd_prepare_* makes of 64 queries at a time, padded
 // with queries that see nothing. `grad` is do. The heads of q begin in column 0 of its rows, those of k and v in k_column and

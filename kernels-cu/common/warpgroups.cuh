@@ -86,9 +86,10 @@ struct Stage {
     // For the warp that copies.
     INLINE void wait_empty() const { wait_phase(empty(), phase ^ 1); }
 
-    // For those who multiply: wait, hand back, or both.
+    // For those who multiply: wait, hand back, or both. A warp hands back when all of its lanes are done.
     INLINE void wait() const { wait_phase(full(), phase); }
     INLINE void release() {
+        __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(empty());
         advance();
     }

@@ -55,10 +55,15 @@ fn all(width: usize) -> Vec<Attended> {
     vec![
         packed("causal", heads(2, 1), 1, 139, &|i| (0, i + 1)),
         packed("documents with images", heads(2, 1), 2, 117, &documents),
-        packed("any intervals", heads(2, 2), 1, 131, &|i| ((i * 37) % 131 - 9, (i * 53) % 131 + 9)),
+        // The first 64 see what others see in part.
+        packed("any intervals", heads(2, 2), 1, 131, &|i| {
+            if i < 64 { (0, 131) } else { ((i * 37) % 131 - 9, (i * 53) % 131 + 9) }
+        }),
         cached("one query", heads(4, 2), 1, 150, 4, &[3, -1, 0, 4], &|i| (i, 147 - i)),
         cached("one query of a head", heads(2, 2), 1, 131, 3, &[2, 0], &|i| (i * 64, 129 - i)),
-        cached("queries of one cache", heads(2, 1), 9, 70, 3, &[2, 2, -1, 0], &|i| (i % 7 * 5, 50 + i % 11)),
+        cached("queries of one cache", heads(2, 1), 9, 200, 3, &[2, 2, -1, 0], &|i| {
+            (i % 7 * 5, 180 + i % 11)
+        }),
     ]
 }
 
@@ -131,8 +136,10 @@ impl Attended {
         let keys = self.hidden_keys().into_iter();
         let mut all: Vec<Hiding> =
             keys.map(|(what, keys)| self.keys_backward(format!("keys and values {what}"), &keys)).collect();
-        let queries = self.hidden_queries().into_iter();
-        all.extend(queries.map(|(what, queries)| self.queries_backward(what, &queries, last)));
+        for by_all in [true, false] {
+            let queries = self.hidden_queries().into_iter();
+            all.extend(queries.map(|(what, queries)| self.queries_backward(what, &queries, last, by_all)));
+        }
         all
     }
 
@@ -149,12 +156,21 @@ impl Attended {
         Hiding { what, operands: &[], poisoned, touched }
     }
 
-    /// `last` is the position of do; before it stand o and lse.
-    fn queries_backward(&self, what: String, queries: &dyn Fn(Query) -> bool, last: usize) -> Hiding {
+    /// `last` is the position of do; before it stand o and lse. Either all that a query has is poisoned, or do alone.
+    fn queries_backward(
+        &self,
+        what: String,
+        queries: &dyn Fn(Query) -> bool,
+        last: usize,
+        by_all: bool,
+    ) -> Hiding {
         let (mut poisoned, mut touched) = (vec![], vec![]);
         for query in self.all_queries().filter(|q| queries(*q)) {
             let (o, lse) = (self.o(query).1, self.lse(query).1);
-            poisoned.extend([self.query(query), (last - 2, o.clone()), (last - 1, lse), (last, o)]);
+            if by_all {
+                poisoned.extend([self.query(query), (last - 2, o.clone()), (last - 1, lse)]);
+            }
+            poisoned.push((last, o));
             if self.seen_by(query).next().is_some() {
                 touched.push(self.query(query));
             }
@@ -164,7 +180,8 @@ impl Attended {
                 touched.extend([self.key(key), self.value(key)]);
             }
         }
-        Hiding { what: format!("q, o, lse, do {what}"), operands: &[], poisoned, touched }
+        let of = if by_all { "q, o, lse, do" } else { "do" };
+        Hiding { what: format!("{of} {what}"), operands: &[], poisoned, touched }
     }
 
     /// Sets of keys: what a query does not see, and one head.

@@ -391,6 +391,9 @@ struct Softmax<'a, T> {
 
 impl<T: Real> Problem<'_, T> {
     fn forward(&self, o: &mut [T], lse: &mut [T], cpu: &Cpu) {
+        if o.is_empty() {
+            return;
+        }
         let (rows, lses) = (self.queries * self.heads.q_columns(), self.queries * self.heads.heads);
         if self.queries < GROUP {
             let each = o.par_chunks_mut(rows).zip(lse.par_chunks_mut(lses)).enumerate();
@@ -822,6 +825,9 @@ impl<T: Real> Problem<'_, T> {
 
     /// `dqkv`, batch rows in parallel.
     fn backward_packed(&self, arrived: &Arrived<'_, T>, dqkv: &mut [T], cpu: &Cpu) {
+        if dqkv.is_empty() {
+            return;
+        }
         let (row, len) = (self.queries * self.q.1, self.heads.kv_heads * self.gradient_len());
         // As in `forward`.
         let n = rayon::current_num_threads().min(dqkv.len() / row);
@@ -920,6 +926,9 @@ impl Attention {
         }
         if slots.shape.dims() != [batch] {
             return Err(format!("slots {slots:?} do not fit {q:?}"));
+        }
+        if k.shape.dims()[0] == 0 {
+            return Err(format!("{k:?} holds no cache; use one at least"));
         }
         Ok([batch, queries, k.shape.dims()[1]])
     }
@@ -1205,7 +1214,7 @@ fn device_cases() -> Vec<Case> {
             }));
         }
         let long = [
-            ("many queries over many keys", heads(2, 1, d), [130, 331], 2, &[3, -1][..]),
+            ("many queries over many keys", heads(2, 1, d), [130, 331], 2, &[-1, 3][..]),
             ("one query over many keys", heads(2, 2, d), [1, 331], 2, &[3, 1]),
             ("a group's queries over many keys", heads(4, 1, d), [2, 523], 4, &[4, -1, 0]),
         ];
@@ -1271,6 +1280,15 @@ mod tests {
             all.push(fetch(Place::State(Kind::Grad, &name(i))));
         }
         all
+    }
+
+    #[test]
+    fn nothing_is_attended_where_there_is_nothing() {
+        for [batch, t] in [[0, 5], [2, 0]] {
+            let mask = || (Spec::new([batch, t], DType::I32), vec![0; batch * t]);
+            let all = run(&[normal([batch, t, HEADS.packed_width()], 1)], &[mask(), mask()]);
+            assert!(all.iter().all(Vec::is_empty), "{all:?}");
+        }
     }
 
     fn normal(dims: [usize; 3], stream: u64) -> (Spec, Vec<f32>) {
