@@ -59,6 +59,8 @@ fn all(width: usize) -> Vec<Attended> {
         packed("any intervals", heads(2, 2), 1, 131, &|i| {
             if i < 64 { (0, 131) } else { ((i * 37) % 131 - 9, (i * 53) % 131 + 9) }
         }),
+        // Whole tiles of keys that a query among those who see them does not see.
+        packed("every other query", heads(1, 1), 1, 200, &|i| (0, if i % 2 == 0 { 60 } else { 200 })),
         cached("one query", heads(4, 2), 1, 150, 4, &[3, -1, 0, 4], &|i| (i, 147 - i)),
         cached("one query of a head", heads(2, 2), 1, 131, 3, &[2, 0], &|i| (i * 64, 129 - i)),
         cached("queries of one cache", heads(2, 1), 9, 200, 3, &[2, 2, -1, 0], &|i| {
