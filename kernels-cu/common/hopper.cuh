@@ -110,117 +110,87 @@ INLINE void wait_products() {
 // Begins c = a b + (keep ? c : 0) for 64 rows of a and the columns of c, at a depth of 16. ALONG: rows of memory run
 // along the depth, else across it; a may be a warp's factor in registers. Of c, warp w has rows 16 w and on, laid out as
 // by mma.m16n8k16; it must not be touched before the wait.   9.7.15.5.2 wgmma.mma_async
-template <int N>
-INLINE float& sum_at(float (&c)[N][4][4], int i) {
-    return c[i / 16][i / 4 % 4][i % 4];
-}
-
-template <int N>
-INLINE float& sum_at(float (&c)[N][4], int i) {
-    return c[i / 4][i % 4];
-}
-
-#define SUM(i) "+f"(sum_at(c, i))
+#define SUM(i) "+f"(c[(i) / 4][(i) % 4])
 #define SUMS4(i) SUM(i), SUM(i + 1), SUM(i + 2), SUM(i + 3)
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
-#define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
+#define SUMS32(i) SUMS16(i), SUMS16(i + 16)
+#define SUMS64(i) SUMS32(i), SUMS32(i + 32)
+#define SUMS128(i) SUMS64(i), SUMS64(i + 64)
 
-template <bool A_ALONG, bool B_ALONG>
-INLINE void multiply_add(float (&c)[4][4][4], u64 a, u64 b, bool keep) {
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, %64, %65, keep, 1, 1, %67, %68;\n}"
-                 : SUMS64(0)
-                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
-                 : "memory");
-}
+// The first operands, so many as a lane has sums.
+#define FIRST16 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FIRST32 FIRST16 \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FIRST64 FIRST32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+    "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FIRST128 FIRST64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+    "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, " \
+    "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+    "%126, %127"
 
-template <bool A_ALONG, bool B_ALONG>
-INLINE void multiply_add(float (&c)[8][4][4], u64 a, u64 b, bool keep) {
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %130, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "
-                 "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "
-                 "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "
-                 "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
-                 "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-                 "}, %128, %129, keep, 1, 1, %131, %132;\n}"
-                 : SUMS64(0), SUMS64(64)
-                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
-                 : "memory");
-}
+// `COLUMNS` columns are `COUNT` sums of a lane; behind them come the operands by these names.
+#define PRODUCT(COLUMNS, COUNT, A, B, KEEP, ACROSS, ...)                                             \
+    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, " KEEP ", 0;\n"                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" FIRST##COUNT "}, " A \
+                 ", " B ", keep, 1, 1, " ACROSS ";\n}"                                                \
+                 : SUMS##COUNT(0)                                                                     \
+                 : __VA_ARGS__                                                                        \
+                 : "memory")
 
 template <bool A_ALONG, bool B_ALONG>
 INLINE void multiply_add(float (&c)[4][4], u64 a, u64 b, bool keep) {
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-                 "}, %16, %17, keep, 1, 1, %19, %20;\n}"
-                 : SUMS16(0)
-                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
-                 : "memory");
+    PRODUCT(32, 16, "%16", "%17", "%18", "%19, %20", "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1),
+            "n"(B_ALONG ? 0 : 1));
 }
 
 template <bool A_ALONG, bool B_ALONG>
 INLINE void multiply_add(float (&c)[8][4], u64 a, u64 b, bool keep) {
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                 "}, %32, %33, keep, 1, 1, %35, %36;\n}"
-                 : SUMS16(0), SUMS16(16)
-                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
-                 : "memory");
+    PRODUCT(64, 32, "%32", "%33", "%34", "%35, %36", "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1),
+            "n"(B_ALONG ? 0 : 1));
 }
 
 template <bool A_ALONG, bool B_ALONG>
 INLINE void multiply_add(float (&c)[16][4], u64 a, u64 b, bool keep) {
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, %64, %65, keep, 1, 1, %67, %68;\n}"
-                 : SUMS64(0)
-                 : "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1), "n"(B_ALONG ? 0 : 1)
-                 : "memory");
+    PRODUCT(128, 64, "%64", "%65", "%66", "%67, %68", "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1),
+            "n"(B_ALONG ? 0 : 1));
+}
+
+template <bool A_ALONG, bool B_ALONG>
+INLINE void multiply_add(float (&c)[32][4], u64 a, u64 b, bool keep) {
+    PRODUCT(256, 128, "%128", "%129", "%130", "%131, %132", "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1),
+            "n"(B_ALONG ? 0 : 1));
 }
 
 template <bool B_ALONG>
 INLINE void multiply_add(float (&c)[8][4], const u32 (&a)[4], u64 b, bool keep) {
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                 "}, {%32, %33, %34, %35}, %36, keep, 1, 1, %38;\n}"
-                 : SUMS16(0), SUMS16(16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(u32(keep)), "n"(B_ALONG ? 0 : 1)
-                 : "memory");
+    PRODUCT(64, 32, "{%32, %33, %34, %35}", "%36", "%37", "%38", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+            "r"(u32(keep)), "n"(B_ALONG ? 0 : 1));
 }
 
 template <bool B_ALONG>
 INLINE void multiply_add(float (&c)[16][4], const u32 (&a)[4], u64 b, bool keep) {
-    asm volatile("{\n.reg .pred keep;\nsetp.ne.u32 keep, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-                 "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, {%64, %65, %66, %67}, %68, keep, 1, 1, %70;\n}"
-                 : SUMS64(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(u32(keep)), "n"(B_ALONG ? 0 : 1)
-                 : "memory");
+    PRODUCT(128, 64, "{%64, %65, %66, %67}", "%68", "%69", "%70", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+            "r"(u32(keep)), "n"(B_ALONG ? 0 : 1));
+}
+
+// The same for sums in slices of 32 columns.
+template <bool A_ALONG, bool B_ALONG, int SLICES>
+INLINE void multiply_add(float (&c)[SLICES][4][4], u64 a, u64 b, bool keep) {
+    multiply_add<A_ALONG, B_ALONG>(reinterpret_cast<float (&)[SLICES * 4][4]>(c), a, b, keep);
 }
 
 #undef SUM
 #undef SUMS4
 #undef SUMS16
+#undef SUMS32
 #undef SUMS64
+#undef SUMS128
+#undef FIRST16
+#undef FIRST32
+#undef FIRST64
+#undef FIRST128
+#undef PRODUCT
