@@ -391,9 +391,6 @@ struct Softmax<'a, T> {
 
 impl<T: Real> Problem<'_, T> {
     fn forward(&self, o: &mut [T], lse: &mut [T], cpu: &Cpu) {
-        if o.is_empty() {
-            return;
-        }
         let (rows, lses) = (self.queries * self.heads.q_columns(), self.queries * self.heads.heads);
         if self.queries < GROUP {
             let each = o.par_chunks_mut(rows).zip(lse.par_chunks_mut(lses)).enumerate();
@@ -825,9 +822,6 @@ impl<T: Real> Problem<'_, T> {
 
     /// `dqkv`, batch rows in parallel.
     fn backward_packed(&self, arrived: &Arrived<'_, T>, dqkv: &mut [T], cpu: &Cpu) {
-        if dqkv.is_empty() {
-            return;
-        }
         let (row, len) = (self.queries * self.q.1, self.heads.kv_heads * self.gradient_len());
         // As in `forward`.
         let n = rayon::current_num_threads().min(dqkv.len() / row);
@@ -1288,6 +1282,12 @@ mod tests {
             let mask = || (Spec::new([batch, t], DType::I32), vec![0; batch * t]);
             let all = run(&[normal([batch, t, HEADS.packed_width()], 1)], &[mask(), mask()]);
             assert!(all.iter().all(Vec::is_empty), "{all:?}");
+            let caches = [normal([3, 7, 6], 1), normal([3, 7, 6], 2)];
+            let slots = (Spec::new([batch], DType::I32), vec![1; batch]);
+            let q = normal([batch, t, 12], 0);
+            let all = run(&[q, caches[0].clone(), caches[1].clone()], &[slots, mask(), mask()]);
+            assert!(all[..2].iter().all(Vec::is_empty), "{all:?}");
+            assert_eq!(all[2..], [vec![0.0; 3 * 7 * 6], vec![0.0; 3 * 7 * 6]]);
         }
     }
 
