@@ -20,7 +20,7 @@
 // Needs   C % 8 == 0, rows 16-byte aligned; any N and V.
 // Rounds  logits once, when the product stores them; their gradient once more; sums in f32, fixed order
 //         (deterministic).
-#include "common/pack.cuh"
+#include "common/cross_entropy.cuh"
 #include "common/reduce.cuh"
 
 constexpr int THREADS = 256;
@@ -59,14 +59,6 @@ struct Row {
         }
     }
 };
-
-// A target as an index below the vocabulary: as unsigned, what is negative is none.
-INLINE bool is_used(int target, u32 vocabulary) { return u32(target) < vocabulary; }
-
-INLINE float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
-
-// 1 / count, or zero.
-INLINE float inverse(float count) { return count > 0.0f ? 1.0f / count : 0.0f; }
 
 // The sum of exponentials of what came so far, in units of the largest.
 struct Exponentials {
@@ -127,11 +119,7 @@ INLINE void backward(bf16* logits, bf16* kept, const int* targets, const float* 
         R::walk(row, width, [&](u32 column, const Vec16& v) {
             float z[8];
             unpack(z, v);
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const float p = exp_fast(z[e] - log_sum) - (column + e == target ? 1.0f : 0.0f);
-                z[e] = column + e < vocabulary ? p * scale : 0.0f;
-            }
+            logits_gradient(z, column, target, vocabulary, log_sum, scale);
             store16(row + column, packed(z));
         });
     }

@@ -206,7 +206,7 @@ INLINE void sum_parts(Element* dw, const float* parts, u32 count, u32 splits, bo
             v[e] += x[0], v[e + 1] += x[1], v[e + 2] += x[2], v[e + 3] += x[3];
         }
     }
-    Sum<Element>{dw, count, accumulate}(0, at, v);
+    Gradient<Element>{dw, count, accumulate}(0, at, v);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
@@ -282,45 +282,45 @@ extern "C" __global__ void __launch_bounds__(128, 4)
 
 extern "C" __global__ void __launch_bounds__(256, 1)
     linear_dw_128x256_bf16(bf16* dw, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 accumulate) {
-    backward_weight<Large>(Sum<bf16>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
+    backward_weight<Large>(Gradient<bf16>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     linear_dw_128x128_bf16(bf16* dw, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 accumulate) {
-    backward_weight<Medium>(Sum<bf16>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
+    backward_weight<Medium>(Gradient<bf16>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
     linear_dw_64x64_bf16(bf16* dw, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 accumulate) {
-    backward_weight<Small>(Sum<bf16>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
+    backward_weight<Small>(Gradient<bf16>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
     linear_dw_128x256_f32(float* dw, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 accumulate) {
-    backward_weight<Large>(Sum<float>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
+    backward_weight<Large>(Gradient<float>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     linear_dw_128x128_f32(float* dw, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 accumulate) {
-    backward_weight<Medium>(Sum<float>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
+    backward_weight<Medium>(Gradient<float>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
     linear_dw_64x64_f32(float* dw, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 accumulate) {
-    backward_weight<Small>(Sum<float>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
+    backward_weight<Small>(Gradient<float>{dw, columns, accumulate != 0}, dy, x, rows, columns, 0, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     linear_dw_split_128x128_f32(float* parts, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 part_depth) {
     const u32 begin = blockIdx.y * part_depth;
-    const Sum<float> part{parts + u64(blockIdx.y) * rows * columns, columns, false};
+    const Gradient<float> part{parts + u64(blockIdx.y) * rows * columns, columns, false};
     backward_weight<Medium>(part, dy, x, rows, columns, begin, min(depth, begin + part_depth));
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
     linear_dw_split_64x64_f32(float* parts, const bf16* dy, const bf16* x, u32 depth, u32 rows, u32 columns, u32 part_depth) {
     const u32 begin = blockIdx.y * part_depth;
-    const Sum<float> part{parts + u64(blockIdx.y) * rows * columns, columns, false};
+    const Gradient<float> part{parts + u64(blockIdx.y) * rows * columns, columns, false};
     backward_weight<Small>(part, dy, x, rows, columns, begin, min(depth, begin + part_depth));
 }
 

@@ -224,8 +224,8 @@ fn machines(stem: &str) -> &'static [Target] {
 fn tables(stem: &str) -> Vec<&str> {
     match stem {
         "attention_decode" | "attention_wgmma" | "attention_wgmma_bwd" => vec!["attention"],
-        "linear_few" => vec!["linear"],
-        "linear_wgmma" => vec!["linear", "cross_entropy"],
+        "cross_entropy_wgmma" => vec!["cross_entropy"],
+        "linear_few" | "linear_wgmma" => vec!["linear"],
         "gather_rows" => vec!["gather_rows", "embedding"],
         "patchify" => vec!["patchify", "unpatchify"],
         "swiglu" => vec!["swiglu", "silu"],

@@ -74,7 +74,7 @@ macro_rules! modules {
 }
 
 modules! {
-    adamw add attention attention_wgmma cache_append cast clip cross_entropy ema fill gather_rows linear
+    adamw add attention attention_wgmma cache_append cast clip cross_entropy cross_entropy_wgmma ema fill gather_rows linear
     linear_wgmma mse patchify q_sample qk_norm rmsnorm rope sampler_update scatter_rows sum_squares swiglu time_embedding
 }
 
@@ -96,6 +96,11 @@ fn linear_wgmma_keeps() {
 #[test]
 fn cross_entropy_keeps() {
     keep(&Exam::new("cross_entropy"));
+}
+
+#[test]
+fn cross_entropy_wgmma_keeps() {
+    keep(&Exam::new("cross_entropy_wgmma"));
 }
 
 #[test]

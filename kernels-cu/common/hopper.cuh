@@ -20,9 +20,23 @@ INLINE void init_barrier(u32 barrier, u32 arrivals) {
 // Shows initialised barriers to copies; other threads need a barrier of the block besides.   9.7.13.4 fence
 INLINE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// All threads of a cluster meet; what they wrote before is seen after.   9.7.13.3 barrier.cluster
+INLINE void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // 9.7.13.15.13 mbarrier.arrive
 INLINE void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same at the barrier that block `rank` of the cluster has at this address.   9.7.9.23 mapa
+INLINE void arrive_at(u32 rank, u32 barrier) {
+    asm volatile("{\n.reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+                 ::"r"(barrier), "r"(rank)
+                 : "memory");
 }
 
 // Arrives, and announces bytes that copies will bring in this phase.   9.7.13.15.13 mbarrier.arrive.expect_tx
@@ -33,23 +47,37 @@ INLINE void arrive_expecting(u32 barrier, u32 bytes) {
 
 // Waits until the phase of this parity has ended; that before the first has parity 1.
 // 9.7.13.15.16 mbarrier.try_wait
-INLINE void wait_phase(u32 barrier, u32 parity) {
-    u32 done;
-    do {
-        asm volatile("{\n.reg .pred done;\n"
-                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, done;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-    } while (!done);
-}
+#define WAIT_PHASE(SCOPE)                                                                        \
+    u32 done;                                                                                    \
+    do {                                                                                         \
+        asm volatile("{\n.reg .pred done;\n"                                                     \
+                     "mbarrier.try_wait.parity.acquire." SCOPE ".shared::cta.b64 done, [%1], %2;\n" \
+                     "selp.u32 %0, 1, 0, done;\n}"                                               \
+                     : "=r"(done)                                                                \
+                     : "r"(barrier), "r"(parity)                                                 \
+                     : "memory");                                                                \
+    } while (!done)
+
+INLINE void wait_phase(u32 barrier, u32 parity) { WAIT_PHASE("cta"); }
+
+// The same where other blocks of the cluster arrive.
+INLINE void wait_phase_of_cluster(u32 barrier, u32 parity) { WAIT_PHASE("cluster"); }
+
+#undef WAIT_PHASE
 
 // Begins to copy the box of a map at (column, row) to shared memory; its bytes count at the barrier, those beyond
 // the matrix arrive as zeros.   9.7.9.27.1.2 cp.async.bulk.tensor
 INLINE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row)
+                 : "memory");
+}
+
+// The same, to this place in the blocks of a cluster whose bits are set; each has its own barrier.
+INLINE void copy_box_to(u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4}], [%2], %5;"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
                  : "memory");
 }
 
@@ -115,6 +143,7 @@ INLINE void wait_products() {
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
 #define SUMS32(i) SUMS16(i), SUMS16(i + 16)
 #define SUMS64(i) SUMS32(i), SUMS32(i + 32)
+#define SUMS96(i) SUMS64(i), SUMS32(i + 64)
 #define SUMS128(i) SUMS64(i), SUMS64(i + 64)
 
 // The first operands, so many as a lane has sums.
@@ -125,12 +154,13 @@ INLINE void wait_products() {
 #define FIRST64 FIRST32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
     "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FIRST128 FIRST64 \
+#define FIRST96 FIRST64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-    "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, " \
-    "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
-    "%126, %127"
+    "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FIRST128 FIRST96 \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+    "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
+    "%125, %126, %127"
 
 // `COLUMNS` columns are `COUNT` sums of a lane; behind them come the operands by these names.
 #define PRODUCT(COLUMNS, COUNT, A, B, KEEP, ACROSS, ...)                                             \
@@ -156,6 +186,12 @@ INLINE void multiply_add(float (&c)[8][4], u64 a, u64 b, bool keep) {
 template <bool A_ALONG, bool B_ALONG>
 INLINE void multiply_add(float (&c)[16][4], u64 a, u64 b, bool keep) {
     PRODUCT(128, 64, "%64", "%65", "%66", "%67, %68", "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1),
+            "n"(B_ALONG ? 0 : 1));
+}
+
+template <bool A_ALONG, bool B_ALONG>
+INLINE void multiply_add(float (&c)[24][4], u64 a, u64 b, bool keep) {
+    PRODUCT(192, 96, "%96", "%97", "%98", "%99, %100", "l"(a), "l"(b), "r"(u32(keep)), "n"(A_ALONG ? 0 : 1),
             "n"(B_ALONG ? 0 : 1));
 }
 
@@ -188,9 +224,11 @@ INLINE void multiply_add(float (&c)[SLICES][4][4], u64 a, u64 b, bool keep) {
 #undef SUMS16
 #undef SUMS32
 #undef SUMS64
+#undef SUMS96
 #undef SUMS128
 #undef FIRST16
 #undef FIRST32
 #undef FIRST64
+#undef FIRST96
 #undef FIRST128
 #undef PRODUCT

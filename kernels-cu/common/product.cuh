@@ -137,7 +137,7 @@ struct Store {
 
 // Where a gradient is stored, or added.
 template <typename Element>
-struct Sum {
+struct Gradient {
     static constexpr int WIDTH = ::WIDTH<Element>;
     Element* to;
     u32 columns;

@@ -2,7 +2,7 @@
 // them. The first warpgroup has the warp that copies, and three that leave at once.
 #pragma once
 #include "attention.cuh"
-#include "hopper.cuh"
+#include "ring.cuh"
 
 // Threads of those who multiply, and with them the warp that copies.
 constexpr int MULTIPLIERS = 256, ALL = MULTIPLIERS + 32;
@@ -62,42 +62,6 @@ INLINE void begin_sums(float (&acc)[1][D / 8][4], const u32 (&p)[STEPS][4], u32 
     for (int k = 0; k < STEPS; k++) multiply_add<false>(acc[0], p[k], right + k * (16 * 128 >> 4), true);
     commit_products();
 }
-
-// A stage of a ring, and how often the ring was walked.
-template <int STAGES, u32 TILE>
-struct Stage {
-    u32 tiles, barriers, index = 0, phase = 0;
-
-    INLINE u32 tile() const { return tiles + index * TILE; }
-    // Its phases end when copies have filled it, and when eight warps have read it.
-    INLINE u32 full() const { return barriers + index * 16; }
-    INLINE u32 empty() const { return full() + 8; }
-
-    INLINE void init() {
-        for (; phase == 0; advance()) {
-            init_barrier(full(), 1);
-            init_barrier(empty(), MULTIPLIERS / 32);
-        }
-    }
-    INLINE void advance() {
-        if (++index == STAGES) index = 0, phase ^= 1;
-    }
-
-    // For the warp that copies.
-    INLINE void wait_empty() const { wait_phase(empty(), phase ^ 1); }
-
-    // For those who multiply: wait, hand back, or both. A warp hands back when all of its lanes are done.
-    INLINE void wait() const { wait_phase(full(), phase); }
-    INLINE void release() {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(empty());
-        advance();
-    }
-    INLINE void pass() {
-        wait();
-        release();
-    }
-};
 
 // Whether somebody's results of this round are not finite, so that all begin again, careful. `spoilt` is shared, and 0
 // before.

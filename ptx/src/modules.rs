@@ -29,5 +29,6 @@ pub(crate) const MODULES: &[Module] = &[
     Module::from_static("sm_80", "time_embedding", include_str!("../sm_80/time_embedding.ptx")),
     Module::from_static("sm_90a", "attention_wgmma", include_str!("../sm_90a/attention_wgmma.ptx")),
     Module::from_static("sm_90a", "attention_wgmma_bwd", include_str!("../sm_90a/attention_wgmma_bwd.ptx")),
+    Module::from_static("sm_90a", "cross_entropy_wgmma", include_str!("../sm_90a/cross_entropy_wgmma.ptx")),
     Module::from_static("sm_90a", "linear_wgmma", include_str!("../sm_90a/linear_wgmma.ptx")),
 ];

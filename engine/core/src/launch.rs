@@ -221,6 +221,14 @@ impl Launch {
         let (block, cluster) = ([threads, 1, 1], [1; 3]);
         Launch::Kernel { entry: entry.into(), grid, block, cluster, shared, args }
     }
+
+    /// The same in clusters of so many neighbouring blocks.
+    pub fn clustered(mut self, blocks: u32) -> Launch {
+        if let Launch::Kernel { cluster, .. } = &mut self {
+            *cluster = [blocks, 1, 1];
+        }
+        self
+    }
 }
 
 /// A node, lowered: the scratch buffers it wants and what it launches.

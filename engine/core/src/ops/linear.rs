@@ -341,8 +341,9 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(plain(2003, 256, 256).large());
     cases.push(plain(2003, 256, 256).accumulating().large());
     cases.push(plain(2003, 256, 256).accumulating_in(DType::Bf16).large());
-    // And these of an H200 with 8 SMs in both of its tiles.
+    // And these of an H200 with 8 SMs in each of its tiles.
     cases.push(plain(1531, 128, 128).large());
+    cases.push(plain(1531, 136, 136).large());
     // More small tiles than an H200 has SMs.
     cases.push(plain(1097, 72, 520).large());
     // Odd and prime row counts, depths that wrap the ring of stages, edges on every side, splits.
@@ -380,6 +381,27 @@ pub(super) fn cases() -> Vec<Case> {
         (139, 328, 200),
         (181, 72, 168),
         (229, 152, 136),
+        // Enough for every tile of Hopper's, of warpgroups together and apart.
+        (130, 520, 256),
+        (300, 136, 392),
+        (450, 72, 520),
+        (257, 200, 264),
+        (389, 88, 456),
+        (261, 72, 136),
+        (530, 264, 136),
+        (271, 328, 328),
+        (333, 392, 72),
+        (131, 136, 136),
+        (131, 200, 264),
+        (259, 456, 200),
+        (131, 136, 264),
+        (139, 264, 136),
+        (131, 264, 200),
+        (65, 264, 264),
+        (131, 136, 200),
+        (193, 136, 200),
+        (269, 72, 200),
+        (269, 72, 136),
     ];
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
@@ -401,12 +423,21 @@ pub(super) fn cases() -> Vec<Case> {
         (8, 784, 56),
     ];
     cases.extend(few.map(|(n, k, m)| plain(n, k, m).large()));
-    // What follows the product: every activation with and without bias and residual, on few rows and on many.
-    let activations = [Activation::None, Activation::Silu, Activation::SwiGlu];
-    for (i, (activation, few)) in activations.into_iter().flat_map(|a| [(a, false), (a, true)]).enumerate() {
-        for (bias, residual) in [(false, false), (true, false), (false, true), (true, true)] {
-            let n = if few { [1, 3, 8][i / 2] } else { [67, 130, 149][i / 2] };
-            let (k, m) = (40, [200, 136, 144][i / 2]);
+    // What follows the product: every activation with and without bias and residual, on few rows and on many, in every
+    // tile of Hopper's.
+    let activations = [
+        (Activation::None, [(1, 40, 200), (67, 40, 200), (130, 520, 256), (257, 200, 264), (300, 136, 392)]),
+        (Activation::Silu, [(3, 40, 136), (130, 40, 136), (130, 520, 256), (257, 200, 264), (300, 136, 392)]),
+        (
+            Activation::SwiGlu,
+            [(8, 40, 144), (149, 40, 144), (130, 520, 256), (257, 200, 264), (300, 136, 392)],
+        ),
+    ];
+    for (activation, shapes) in activations {
+        let flags = [(false, false), (true, false), (false, true), (true, true)];
+        let small = shapes[..2].iter().flat_map(|shape| flags.map(|f| (*shape, f)));
+        let large = shapes[2..].iter().map(|shape| (*shape, (true, true)));
+        for ((n, k, m), (bias, residual)) in small.chain(large) {
             let y = if activation == Activation::SwiGlu { m / 2 } else { m };
             let build = move |g: &mut Graph, x: &[Tensor]| {
                 let e = Epilogue {

@@ -1,6 +1,9 @@
-//! What `kernels-cu/cross_entropy.cu` is launched with, and the products of `kernels-cu/linear.cu` around it.
+//! What `kernels-cu/cross_entropy.cu` is launched with, and the products of `kernels-cu/linear.cu` around it; on Hopper
+//! `cross_entropy_wgmma.cu`, whose products end in cross entropy.
 use super::super::{
-    linear::kernels::{Extents, WeightGradient, check, input_gradient, product, sum_parts, weight_gradient},
+    linear::kernels::{
+        Ending, Extents, WeightGradient, check, input_gradient, product, sum_parts, weight_gradient,
+    },
     prelude::*,
 };
 use crate::launch::Operand;
@@ -77,6 +80,91 @@ impl Problem {
         Ok(copy)
     }
 
+    /// How the product that makes the logits of `n` rows ends on Hopper.
+    fn ending(&self, n: usize, on: &Target) -> Result<Option<Ending>, String> {
+        Ending::of(Extents { n, k: self.width, m: self.vocabulary }, on)
+    }
+
+    /// lse, and the loss of each row, of logits that are never stored.
+    fn reduce(
+        &self,
+        kernels: &mut Kernels,
+        ending: &Ending,
+        each: Operand,
+        on: &Target,
+    ) -> Result<(), String> {
+        let parts = whole(scratch(kernels, self.rows * ending.across() as usize * 8));
+        let [n, v, c] = [self.rows, self.vocabulary, self.width].map(size);
+        let (n, v, c) = (n?, v?, c?);
+        let (each, targets) = (whole(each), Arg::input(2));
+        let outs = vec![parts.clone(), each.clone()];
+        let rest = [vec![targets.clone()], [n, v, c].map(Arg::U32).to_vec()].concat();
+        let factors = [&Arg::input(0), &Arg::input(1)];
+        kernels.launches.push(ending.launch("cross_entropy_fwd", outs, factors, v, rest, on));
+        let sizes = [n, v, ending.across()].map(Arg::U32);
+        let args = [Arg::output(1), each, parts, targets].into_iter().chain(sizes).collect();
+        let blocks = n.div_ceil(THREADS / 32);
+        kernels.launches.push(Launch::kernel(
+            "cross_entropy_fwd_merge_f32",
+            [blocks, 1, 1],
+            THREADS,
+            0,
+            args,
+        ));
+        Ok(())
+    }
+
+    /// The same of logits, a chunk of rows at a time.
+    fn reduce_logits(&self, kernels: &mut Kernels, each: Operand, on: &Target) -> Result<(), String> {
+        let logits = whole(scratch(kernels, self.logits()));
+        let w = self.weights(kernels, on)?;
+        for (at, n) in self.chunks() {
+            let h = from_row(Operand::In(0), at, self.width * 2);
+            kernels.launches.extend(product(logits.clone(), h, w.clone(), self.extents(n), on)?);
+            let lse = from_row(Operand::Out(1), at, 4);
+            let args = vec![lse, from_row(each, at, 4), logits.clone(), from_row(Operand::In(2), at, 4)];
+            kernels.launches.push(self.over_rows("fwd", args, n, &[], on)?);
+        }
+        Ok(())
+    }
+
+    /// The gradient of the logits of `n` rows from `at` on, and h without its unused rows, where dh will be.
+    fn logits_gradient(
+        &self,
+        kernels: &mut Kernels,
+        logits: &Arg,
+        w: &Arg,
+        (at, n): (usize, usize),
+        on: &Target,
+    ) -> Result<(), String> {
+        let [h, dh] = [Operand::In(0), Operand::Out(0)].map(|of| from_row(of, at, self.width * 2));
+        let [targets, lse] = [2, 4].map(|i| from_row(Operand::In(i), at, 4));
+        let (count, dloss) = (Arg::input(3), Arg::input(5));
+        let Some(ending) = self.ending(n, on)? else {
+            kernels.launches.extend(product(logits.clone(), h.clone(), w.clone(), self.extents(n), on)?);
+            let args = vec![logits.clone(), dh, targets, lse, count, dloss, h];
+            kernels.launches.push(self.over_rows("bwd", args, n, &[self.width], on)?);
+            return Ok(());
+        };
+        let [n, v, m, c] = [n, self.vocabulary, self.padded, self.width].map(size);
+        let (n, v, m, c) = (n?, v?, m?, c?);
+        let sizes = [n, v, m, c].map(Arg::U32);
+        let rest = [targets.clone(), lse, count, dloss].into_iter().chain(sizes).collect();
+        let dz = vec![logits.clone()];
+        let factors = [&h, &Arg::input(1)];
+        kernels.launches.push(ending.launch("cross_entropy_bwd", dz, factors, v, rest, on));
+        let args = [dh, h, targets].into_iter().chain([n, v, c].map(Arg::U32)).collect();
+        let blocks = (n * c).div_ceil(THREADS * VECTOR as u32);
+        kernels.launches.push(Launch::kernel(
+            "cross_entropy_bwd_keep_bf16",
+            [blocks, 1, 1],
+            THREADS,
+            0,
+            args,
+        ));
+        Ok(())
+    }
+
     /// The pass over the logits of `n` rows; `more` are sizes that it takes besides theirs.
     fn over_rows(
         &self,
@@ -114,15 +202,10 @@ fn from_row(operand: Operand, row: usize, bytes: usize) -> Arg {
 pub(super) fn forward(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
     let p = Problem::new(ins)?;
     let mut kernels = Kernels::default();
-    let logits = whole(scratch(&mut kernels, p.logits()));
     let each = scratch(&mut kernels, p.rows * 4);
-    let w = p.weights(&mut kernels, on)?;
-    for (at, n) in p.chunks() {
-        let h = from_row(Operand::In(0), at, p.width * 2);
-        kernels.launches.extend(product(logits.clone(), h, w.clone(), p.extents(n), on)?);
-        let lse = from_row(Operand::Out(1), at, 4);
-        let args = vec![lse, from_row(each, at, 4), logits.clone(), from_row(Operand::In(2), at, 4)];
-        kernels.launches.push(p.over_rows("fwd", args, n, &[], on)?);
+    match p.ending(p.rows, on)? {
+        Some(ending) => p.reduce(&mut kernels, &ending, each, on)?,
+        None => p.reduce_logits(&mut kernels, each, on)?,
     }
     let args = vec![Arg::output(0), whole(each), Arg::input(3), Arg::size(p.rows)?];
     kernels.launches.push(Launch::kernel("cross_entropy_fwd_sum_f32", [1; 3], THREADS, 0, args));
@@ -153,13 +236,8 @@ pub(super) fn backward(
         }
     };
     for (at, n) in chunks {
-        let h = from_row(Operand::In(0), at, p.width * 2);
-        kernels.launches.extend(product(logits.clone(), h.clone(), w.clone(), p.extents(n), on)?);
         let dh = from_row(Operand::Out(0), at, p.width * 2);
-        let [targets, lse] = [2, 4].map(|i| from_row(Operand::In(i), at, 4));
-        // Before dh is made, its place holds h without its unused rows.
-        let args = vec![logits.clone(), dh.clone(), targets, lse, Arg::input(3), Arg::input(5), h];
-        kernels.launches.push(p.over_rows("bwd", args, n, &[p.width], on)?);
+        p.logits_gradient(&mut kernels, &logits, &w, (at, n), on)?;
         let (bytes, launches) = weight_gradient(&dw, logits.clone(), dh.clone(), p.extents(n), on)?;
         kernels.scratch[1] = kernels.scratch[1].max(bytes);
         kernels.launches.extend(launches);

@@ -17,11 +17,13 @@ struct Tile {
     stage: u32,
     /// Whether there is a kernel for a part of the depth.
     splits: bool,
-    /// Whether operands come as tensor maps, and a block makes one tile after another.
-    maps: bool,
-    /// Multiply-adds per time, against the best of Ampere's on the same machine: how well it hides what is not a
-    /// product.
+    /// Blocks with tiles one below the other that share a right factor. More than one: operands come as tensor maps,
+    /// and a block makes one tile after another.
+    cluster: u32,
+    /// Multiply-adds per time, against the best of Ampere's on the same machine.
     rate: f64,
+    /// Depth that passes while nothing is multiplied: at every tile, and once in a block.
+    idle: [u32; 2],
 }
 
 /// Of Ampere and everything newer.
@@ -34,8 +36,9 @@ const TILES: [Tile; 3] = {
         shared: 96 << 10,
         stage: 32,
         splits: false,
-        maps: false,
+        cluster: 1,
         rate: 1.0,
+        idle: [64, 0],
     };
     let medium = Tile {
         name: "128x128",
@@ -51,9 +54,10 @@ const TILES: [Tile; 3] = {
 };
 /// The tiles that every pass has; the first lacks rare passes.
 const COMMON: &[Tile] = TILES.split_at(1).1;
-/// Of Hopper, for every pass.
-const HOPPER: [Tile; 2] = {
-    let large = Tile {
+/// Of Hopper, for every pass. Rates count the bytes that a tile asks of the L2 cache for its multiply-adds; in the second
+/// and third one warpgroup multiplies while the other finishes its tile. Set before anybody has timed them.
+const HOPPER: [Tile; 3] = {
+    let together = Tile {
         name: "wgmma_128x256",
         rows: 128,
         columns: 256,
@@ -61,15 +65,17 @@ const HOPPER: [Tile; 2] = {
         shared: 217_152,
         stage: BOX,
         splits: true,
-        maps: true,
+        cluster: 2,
         rate: 1.7,
+        idle: [192, 64],
     };
-    [large, Tile { name: "wgmma_128x128", columns: 128, shared: 217_184, rate: 1.4, ..large }]
+    let apart =
+        Tile { name: "wgmma_128x192", columns: 192, shared: 225_376, rate: 1.57, idle: [0, 256], ..together };
+    let few = Tile { name: "wgmma_64x128", rows: 64, columns: 128, shared: 217_232, rate: 1.0, ..apart };
+    [together, apart, few]
 };
 /// Elements of a row that a tensor map copies at once: as many as its swizzle spans, 128 bytes.
 const BOX: u32 = 64;
-/// Depth that passes while a pipeline fills.
-const FILL: u32 = 64;
 /// Most parts that the depth is split into, and the least depth of a part.
 const PARTS: u32 = 16;
 const PART_DEPTH: u32 = 128;
@@ -79,6 +85,11 @@ const SUM_BYTES: u32 = 256 * 16;
 /// 4 TB/s and 2 us shared by all.
 const BYTE_COST: f64 = 0.35;
 const LAUNCH_COST: f64 = 3e6;
+
+/// `n` without what is left over of whole clusters.
+fn whole(n: u32, cluster: u32) -> u32 {
+    n / cluster * cluster
+}
 
 /// `rows x columns`, summed over `depth`.
 #[derive(Clone, Copy)]
@@ -93,16 +104,18 @@ impl Product {
         Ok(Product { rows: size(rows)?, columns: size(columns)?, depth: size(depth)? })
     }
 
+    /// Tiles, in whole clusters of them.
     fn tiles(&self, tile: &Tile) -> u32 {
-        self.rows.div_ceil(tile.rows) * self.columns.div_ceil(tile.columns)
+        self.rows.div_ceil(tile.rows).next_multiple_of(tile.cluster) * self.columns.div_ceil(tile.columns)
     }
 
     /// The time of the busiest SM, in multiply-adds, with the depth in `parts`.
     fn time(&self, tile: &Tile, parts: u32, on: &Target) -> f64 {
-        let rounds = f64::from((self.tiles(tile) * parts).div_ceil(on.sms));
+        let rounds = f64::from((self.tiles(tile) * parts).div_ceil(whole(on.sms, tile.cluster)));
         let area = f64::from(tile.rows * tile.columns);
         // A stage is the least that a block works.
-        let depth = f64::from(self.depth.div_ceil(parts).next_multiple_of(tile.stage) + FILL);
+        let depth = self.depth.div_ceil(parts).next_multiple_of(tile.stage);
+        let [each, once] = tile.idle;
         let sum = match parts {
             1 => 0.0,
             _ => {
@@ -110,7 +123,7 @@ impl Product {
                     + LAUNCH_COST
             }
         };
-        rounds * area * depth / tile.rate + sum
+        (rounds * f64::from(depth + each) + f64::from(once)) * area / tile.rate + sum
     }
 
     /// The tile and the number of parts that take the least time.
@@ -126,10 +139,11 @@ impl Product {
         };
         // A tensor map is never empty.
         let hopper = if on.arch == Target::H200.arch && self.depth > 0 { &HOPPER[..] } else { &[] };
+        let fits = |tile: &&Tile| tile.shared <= on.shared && tile.cluster <= on.sms;
         tiles
             .iter()
             .chain(hopper)
-            .filter(|tile| tile.shared <= on.shared)
+            .filter(fits)
             .flat_map(|tile| (1..=most(tile)).map(move |parts| (tile, parts)))
             .min_by(|a, b| self.time(a.0, a.1, on).total_cmp(&self.time(b.0, b.1, on)))
             .ok_or(format!(
@@ -140,29 +154,31 @@ impl Product {
 
     /// The blocks that make all tiles of so many parts.
     fn grid(&self, tile: &Tile, parts: u32, on: &Target) -> [u32; 3] {
-        match tile.maps {
-            true => [(self.tiles(tile) * parts).min(on.sms), 1, 1],
-            false => [self.tiles(tile), parts, 1],
+        match tile.cluster {
+            1 => [self.tiles(tile), parts, 1],
+            blocks => [(self.tiles(tile) * parts).min(whole(on.sms, blocks)), 1, 1],
         }
     }
 
     /// The left factor, as kernels of this tile take it: rows that run along the depth or across it.
     fn left(&self, of: &Arg, along: bool, tile: &Tile) -> Arg {
-        self.factor(of, self.rows, along, tile, tile.rows)
+        self.factor(of, self.rows, along, tile, [tile.rows, tile.stage])
     }
 
-    /// The right factor, likewise.
+    /// The right factor, likewise; every block of a cluster copies its share of a tile.
     fn right(&self, of: &Arg, along: bool, tile: &Tile) -> Arg {
-        self.factor(of, self.columns, along, tile, tile.columns)
+        let share = [tile.columns, tile.stage].map(|n| n / tile.cluster);
+        self.factor(of, self.columns, along, tile, share)
     }
 
-    fn factor(&self, of: &Arg, vectors: u32, along: bool, tile: &Tile, each: u32) -> Arg {
+    /// `height`: rows of a box, along the depth and across it.
+    fn factor(&self, of: &Arg, vectors: u32, along: bool, tile: &Tile, height: [u32; 2]) -> Arg {
         let &Arg::Address(operand, offset) = of else { return of.clone() };
-        if !tile.maps {
+        if tile.cluster == 1 {
             return of.clone();
         }
         let (row, rows, height) =
-            if along { (self.depth, vectors, each) } else { (vectors, self.depth, tile.stage) };
+            if along { (self.depth, vectors, height[0]) } else { (vectors, self.depth, height[1]) };
         let geometry = Geometry {
             offset,
             element: 2,
@@ -172,6 +188,12 @@ impl Product {
             swizzle: 128,
         };
         Arg::Map(operand, geometry)
+    }
+
+    /// What makes all tiles of so many parts.
+    fn launch(&self, entry: String, tile: &Tile, parts: u32, args: Vec<Arg>, on: &Target) -> Launch {
+        let grid = self.grid(tile, parts, on);
+        Launch::kernel(entry, grid, tile.threads, tile.shared, args).clustered(tile.cluster)
     }
 
     /// No launch where there is nothing to make.
@@ -240,7 +262,7 @@ impl Forward {
                 let reads = factors.into_iter().chain([bias, residual]);
                 let args = writes.chain(reads).chain(sizes).chain(flags).collect();
                 let entry = format!("linear_fwd_{variant}{}_bf16", tile.name);
-                Launch::kernel(entry, product.grid(tile, 1, on), tile.threads, tile.shared, args)
+                product.launch(entry, tile, 1, args, on)
             }
         };
         Ok(product.launches(vec![launch]))
@@ -282,6 +304,43 @@ pub(in crate::ops) fn product(
     forward.launches(Product::new(e.n, e.m, e.k)?, on)
 }
 
+/// A product on Hopper that ends in kernels of another op.
+pub(in crate::ops) struct Ending {
+    product: Product,
+    tile: &'static Tile,
+}
+
+impl Ending {
+    /// That of `x w^T`, where these kernels are the ones to take.
+    pub(in crate::ops) fn of(e: Extents, on: &Target) -> Result<Option<Ending>, String> {
+        let product = Product::new(e.n, e.m, e.k)?;
+        let (tile, _) = product.choose(&TILES, 1, on)?;
+        let many = FEW.iter().all(|&rows| product.rows > rows) && product.columns > 0;
+        Ok((tile.cluster > 1 && many).then_some(Ending { product, tile }))
+    }
+
+    /// Tiles of a row.
+    pub(in crate::ops) fn across(&self) -> u32 {
+        self.product.columns.div_ceil(self.tile.columns)
+    }
+
+    /// Runs `pass`'s kernel of this tile, whose arguments are outputs, both factors, and `rest`; `w` has `rows` rows.
+    pub(in crate::ops) fn launch(
+        &self,
+        pass: &str,
+        outs: Vec<Arg>,
+        [x, w]: [&Arg; 2],
+        rows: u32,
+        rest: Vec<Arg>,
+        on: &Target,
+    ) -> Launch {
+        let right = Product { columns: rows, ..self.product };
+        let factors = [self.product.left(x, true, self.tile), right.right(w, true, self.tile)];
+        let args = outs.into_iter().chain(factors).chain(rest).collect();
+        self.product.launch(format!("{pass}_{}_bf16", self.tile.name), self.tile, 1, args, on)
+    }
+}
+
 /// `dx = dy w`, of bf16 operands wherever they lie.
 pub(in crate::ops) fn input_gradient(
     dx: Arg,
@@ -296,7 +355,7 @@ pub(in crate::ops) fn input_gradient(
     let factors = [product.left(&dy, true, tile), product.right(&w, false, tile)];
     let args = [dx].into_iter().chain(factors).chain(sizes).collect();
     let entry = format!("linear_dx_{}_bf16", tile.name);
-    let launch = Launch::kernel(entry, product.grid(tile, 1, on), tile.threads, tile.shared, args);
+    let launch = product.launch(entry, tile, 1, args, on);
     Ok(product.launches(vec![launch]))
 }
 
@@ -329,7 +388,7 @@ pub(in crate::ops) fn weight_gradient(
     let kernel = |entry: String, parts: u32, to: &Arg, last: Arg| {
         let operands = [to.clone(), product.left(&dy, false, tile), product.right(&x, false, tile)];
         let args = operands.into_iter().chain(sizes.clone()).chain([last]).collect();
-        Launch::kernel(entry, product.grid(tile, parts, on), tile.threads, tile.shared, args)
+        product.launch(entry, tile, parts, args, on)
     };
     if parts == 1 {
         let entry = format!("linear_dw_{}_{}", tile.name, dw.dtype.name());
@@ -425,7 +484,7 @@ mod tests {
             tile: vec![64, height],
             swizzle: 128,
         };
-        let maps = [(0, map(8192, 128)), (1, map(4096, 256))].map(|(i, g)| Arg::Map(Operand::In(i), g));
+        let maps = [(0, map(8192, 128)), (1, map(4096, 128))].map(|(i, g)| Arg::Map(Operand::In(i), g));
         assert_eq!(args[1..3], maps);
         // Ampere's kernels where there is no depth, no room, or too little work.
         let entry = |n, k, on: &Target| {
@@ -451,7 +510,7 @@ mod tests {
                 _ => None,
             })
             .collect();
-        assert_eq!(boxes, [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 64])]);
+        assert_eq!(boxes, [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 32])]);
     }
 
     #[test]
