@@ -105,6 +105,18 @@ INLINE void meet() {
     asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
 }
 
+// The same of a barrier that is told at run time.
+template <int THREADS>
+INLINE void meet(u32 barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
+// Counts among those for whom the barrier waits, and goes on.   9.7.13.1 bar.arrive
+template <int THREADS>
+INLINE void come(u32 barrier) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
 // Gives registers back, or takes them: a thread has `COUNT` then. All warps of a warpgroup call it.
 // 9.7.19.5 setmaxnreg
 template <int COUNT>
