@@ -38,6 +38,9 @@ const HOPPERS: [Target; 3] = [
 /// Host threads of a schedule, by position.
 const THREADS: [usize; 4] = [1, 3, 2, 1];
 
+/// Blocks that run at the same time on each of them.
+const TOGETHER: [usize; 4] = [1, 1, 2, 3];
+
 /// Warp instructions without effect after which a launch counts as stuck.
 const PATIENCE: u64 = 1_000_000;
 
@@ -98,6 +101,7 @@ pub fn simulator(target: Target, schedule: usize, kernels: &[Module]) -> SimDevi
     let simulation = Options {
         schedule: Schedule::SEVERAL[schedule],
         threads: THREADS[schedule],
+        together: TOGETHER[schedule],
         patience: PATIENCE,
         limit: LIMIT,
         traffic: false,

@@ -9,6 +9,7 @@ use crate::launch::{Access, Argument, Format, Launch, Options, Order, Swizzle, T
 use crate::memory::Memory;
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Addresses are `slot << 32 | offset`. These slots are fixed; windows follow, each with an empty slot after it,
 /// so that an overshoot of up to 4 GiB either way meets no other window.
@@ -74,6 +75,50 @@ impl Bytes {
     }
 }
 
+/// Whether a block that waits may wait for one on another host thread.
+#[derive(Default)]
+pub(crate) struct Standstill {
+    /// Counts what somebody may wait for.
+    progress: AtomicU64,
+    /// Host threads that have blocks to run.
+    working: AtomicUsize,
+    /// At which progress host threads are stuck, and how many.
+    stuck: Mutex<(u64, usize)>,
+}
+
+impl Standstill {
+    pub(crate) fn enter(&self, threads: usize) {
+        self.working.store(threads, Ordering::Release);
+    }
+
+    pub(crate) fn leave(&self) {
+        self.progressed();
+        self.working.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn progressed(&self) {
+        self.progress.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Acquire)
+    }
+
+    /// The calling thread is stuck since `progress`, which `before` says if it has said so already. Returns whether all
+    /// are.
+    pub(crate) fn is_final(&self, progress: u64, before: &mut Option<u64>) -> bool {
+        let mut stuck = self.stuck.lock().unwrap_or_else(|e| e.into_inner());
+        if *before != Some(progress) {
+            if stuck.0 != progress {
+                *stuck = (progress, 0);
+            }
+            stuck.1 += 1;
+            *before = Some(progress);
+        }
+        *stuck >= (progress, self.working.load(Ordering::Acquire))
+    }
+}
+
 /// A tensor map of the launch.
 pub(crate) struct Map {
     pub(crate) parameter: u32,
@@ -110,6 +155,7 @@ pub(crate) struct Run<'a> {
     /// Module variables of this launch and the marks of the parameters; they back slots.
     _owned: Vec<Memory>,
     findings: Mutex<Findings>,
+    pub(crate) standstill: Standstill,
 }
 
 // SAFETY: the pointers in slots are to memories that the launch borrows or owns. Blocks on several host threads may
@@ -155,6 +201,7 @@ impl<'a> Run<'a> {
             owners: Vec::new(),
             _owned: Vec::new(),
             findings: Mutex::default(),
+            standstill: Standstill::default(),
         };
         // Blocks of a cooperative launch may well hand data to each other.
         if options.checks.has(FindingKind::Conflict) && !launch.cooperative {

@@ -299,6 +299,7 @@ pub(crate) fn run_teams(run: &Run<'_>, tally: &mut Tally, teams: &mut [Team], ra
         order.reverse();
     }
     let (mut idle, mut fruitless, mut progress, mut executed) = (0, 0, 0, 0);
+    let (mut everywhere, mut stuck) = (run.standstill.progress(), None);
     while !teams.iter().all(Team::is_done) {
         let mut busy = false;
         for team in teams.iter_mut() {
@@ -312,10 +313,19 @@ pub(crate) fn run_teams(run: &Run<'_>, tally: &mut Tally, teams: &mut [Team], ra
         }
         let now: u64 = teams.iter().map(|t| t.progress).sum();
         if now != progress {
-            (progress, fruitless, idle) = (now, 0, 0);
+            progress = now;
+            run.standstill.progressed();
         }
         idle = if busy { 0 } else { idle + 1 };
-        if idle > IDLE_ROUNDS || fruitless > run.options.patience {
+        let seen = run.standstill.progress();
+        if seen != everywhere {
+            (everywhere, fruitless, idle) = (seen, 0, 0);
+        } else if fruitless > 0 {
+            // What these wait for may come from another host thread.
+            std::thread::yield_now();
+        }
+        let waits = idle > IDLE_ROUNDS || fruitless > run.options.patience;
+        if waits && run.standstill.is_final(everywhere, &mut stuck) {
             teams.iter().for_each(|team| team.report_deadlock(run, "no warp can go on"));
             return;
         }
