@@ -28,11 +28,14 @@ const TARGETS: [Target; 3] = [
     Target { name: "two SMs", sms: 2, ..Target::A100 },
 ];
 
-/// The same for kernels of Hopper. On two SMs blocks walk over many tiles with one ring of stages; eight split a depth.
-const HOPPERS: [Target; 3] = [
+/// The same for kernels of Hopper. On two SMs blocks walk over many tiles with one ring of stages; eight split a depth. Too
+/// little shared memory leaves the gradient of attention to two passes, for heads of 64 or of 128.
+const HOPPERS: [Target; 5] = [
     Target { name: "two SMs", sms: 2, ..Target::H200 },
     Target { name: "eight SMs", sms: 8, ..Target::H200 },
     Target::H200,
+    Target { name: "155 KB", shared: 155 << 10, ..Target::H200 },
+    Target { name: "199 KB", shared: 199 << 10, ..Target::H200 },
 ];
 
 /// Host threads of a schedule, by position.

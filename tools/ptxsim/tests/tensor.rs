@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Bench, Result, bf16, bf16_bytes, kernel, schedules, small, words};
+use common::{Bench, Result, bf16, bf16_bytes, bytes_of, kernel, schedules, small, words};
 use transfusion_ptxsim::*;
 
 /// The address of 16 bytes per thread behind `base`, in `to`.

@@ -21,8 +21,8 @@ const HOPPER_BACKWARD: u32 = 64;
 /// The most that a block has besides.
 const HOPPER_STATIC: u32 = 3072;
 
-/// Whether dq is added up in the same order every time.
-const ORDERED: bool = true;
+/// Whether dq is added up in the same order every time; else what it is added to must be zeros.
+const ORDERED: u32 = 1;
 /// Scratch of Hopper's backward pass: two words, and one for each head and 64 queries; dq in f32.
 const WORDS: usize = 3;
 const SUMS: usize = 4;
@@ -86,7 +86,7 @@ impl Width {
         let sums = 2 * HOPPER_ROWS * HOPPER_BACKWARD * 2 + 2 * self.tile(HOPPER_BACKWARD);
         Some(Hopper {
             forward: ring(1, 2 * forward, self.tile(HOPPER_FORWARD)),
-            once: of_keys(once).next_multiple_of(1024) + sums,
+            once: Some(of_keys(once).next_multiple_of(1024) + sums),
             keys: of_keys(keys),
             queries: ring(2, 4, passing),
         })
@@ -97,8 +97,8 @@ impl Width {
 #[derive(Clone, Copy, Debug)]
 struct Hopper {
     forward: u32,
-    /// Backward in one pass, then in two.
-    once: u32,
+    /// Backward in one pass, where that fits; then in two.
+    once: Option<u32>,
     keys: u32,
     queries: u32,
 }
@@ -237,8 +237,9 @@ impl Problem {
     /// Hopper's kernels, where there are some that can read the operands: a tensor map is never empty.
     fn hopper(&self, on: &Target) -> Option<Hopper> {
         let there = on.arch == Target::H200.arch && self.keys > 0 && self.kv_stride > 0;
-        let fits = |h: &Hopper| h.forward.max(h.once).max(h.keys).max(h.queries) + HOPPER_STATIC <= on.shared;
-        self.width.hopper().filter(|h| there && fits(h))
+        let fits = |shared: u32| shared + HOPPER_STATIC <= on.shared;
+        let h = self.width.hopper().filter(|h| there && fits(h.forward.max(h.keys).max(h.queries)))?;
+        Some(Hopper { once: h.once.filter(|&once| fits(once)), ..h })
     }
 
     /// A tensor map of rows, so many in each batch row or cache, that `height` at a time are copied of.
@@ -287,7 +288,7 @@ impl Problem {
         Ok(Launch::kernel(self.entry("fwd_wgmma"), grid, HOPPER_THREADS, shared, args))
     }
 
-    /// What was prepared becomes dq, dk and dv, in one pass; and, where something is not finite, in two.
+    /// What was prepared becomes dq, dk and dv: in one pass, and where something is not finite in two; or in two alone.
     fn hopper_backward(
         &self,
         h: Hopper,
@@ -310,11 +311,11 @@ impl Problem {
         let launch = |pass, grid, threads, shared, args| {
             Launch::kernel(self.entry(&format!("{pass}_wgmma")), grid, threads, shared, args)
         };
-        let zeros = |scratch| Launch::Fill { what: Operand::Scratch(scratch), byte: 0 };
+        let fill = |scratch, byte| Launch::Fill { what: Operand::Scratch(scratch), byte };
         let (over_keys, over_queries) = (self.over_keys(HOPPER_ROWS), self.over_queries(HOPPER_ROWS));
         let (batch, keys, queries) = (Some(self.batch), self.kv_stride, self.q_stride);
         let outs = [dk.clone(), dv.clone(), sums.clone(), words.clone()];
-        let once = args(&outs, &[], batch, keys, &[self.caches, ORDERED.into()])?;
+        let once = args(&outs, &[], batch, keys, &[self.caches, ORDERED])?;
         let finish = [dq.clone(), words, sums, prepared[2].clone()];
         let finish = finish.into_iter().chain([self.queries, queries].map(Arg::U32));
         let finish = finish.chain([Arg::F32(self.scale)]).collect();
@@ -323,15 +324,19 @@ impl Problem {
             args(&[dk, dv], &wanted, batch, keys, &[self.caches])?,
             args(&[dq], &wanted, None, queries, &[self.caches])?,
         ];
-        let all = [
-            (!ORDERED).then(|| zeros(SUMS)),
-            Some(zeros(WORDS)),
-            Some(launch("bwd", over_keys, HOPPER_THREADS, h.once, once)),
-            Some(launch("bwd_finish", self.over_queries(SPAN), THREADS, 0, finish)),
-            Some(launch("bwd_keys", over_keys, HOPPER_THREADS, h.keys, twice_keys)),
-            Some(launch("bwd_queries", over_queries, HOPPER_THREADS, h.queries, twice_queries)),
-        ];
-        Ok(all.into_iter().flatten().collect())
+        let mut all = match h.once {
+            Some(shared) => vec![
+                fill(WORDS, 0),
+                launch("bwd", over_keys, HOPPER_THREADS, shared, once),
+                launch("bwd_finish", self.over_queries(SPAN), THREADS, 0, finish),
+            ],
+            None => vec![fill(WORDS, 1)],
+        };
+        all.extend([
+            launch("bwd_keys", over_keys, HOPPER_THREADS, h.keys, twice_keys),
+            launch("bwd_queries", over_queries, HOPPER_THREADS, h.queries, twice_queries),
+        ]);
+        Ok(all)
     }
 
     /// The launch that makes dk and dv, and the one that makes dq, of what was prepared.
@@ -415,7 +420,8 @@ pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target)
     let passes = match p.hopper(on) {
         Some(h) => {
             let tiles = p.heads as usize * p.batch as usize * spans;
-            scratch.extend([(2 + tiles) * 4, tiles * p.width.tile(SPAN) as usize * 2]);
+            let sums = h.once.map_or(0, |_| tiles * p.width.tile(SPAN) as usize * 2);
+            scratch.extend([(2 + tiles) * 4, sums]);
             p.hopper_backward(h, [dq, dk, dv], &grad, &prepared)?
         }
         None => p.backward([dq, dk, dv], &grad, &prepared),
@@ -523,6 +529,21 @@ mod tests {
                 ("attention_bwd_queries_wgmma_d128_bf16", [3, 4, 3], 196_680),
             ]
         );
+    }
+
+    #[test]
+    fn backward_in_two_passes_alone_where_one_does_not_fit() {
+        let op = op(4, 2, 64, false);
+        let [qkv, start, end] = packed(3, 300, op.heads, DType::Bf16);
+        let (o, lse) = (Spec::new([3, 300, 256], DType::Bf16), Spec::new([3, 4, 300], DType::F32));
+        let little = Target { shared: 155 << 10, ..Target::H200 };
+        let k = backward(&op, &[qkv, start, end, o, lse, o], &[qkv], &little).unwrap();
+        assert_eq!(k.scratch[SUMS], 0);
+        assert!(k.launches.contains(&Launch::Fill { what: Operand::Scratch(WORDS), byte: 1 }));
+        let names: Vec<_> = launches(&k).into_iter().map(|l| l.0).collect();
+        let passes =
+            ["prepare", "keys_wgmma", "queries_wgmma"].map(|p| format!("attention_bwd_{p}_d64_bf16"));
+        assert_eq!(names, [&passes[0], "fill", &passes[1], &passes[2]]);
     }
 
     #[test]
