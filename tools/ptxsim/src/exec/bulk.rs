@@ -5,6 +5,7 @@
 
 use super::access::{Kind, all_written, shared_place};
 use super::lane::lanes;
+use super::order::UNDER_WAY;
 use super::shadow::Agent;
 use super::team::Cta;
 use super::warp::{Knowledge, Warp};
@@ -198,7 +199,7 @@ impl Machine<'_> {
                 (true, false) => Kind::Write,
                 (false, _) => Kind::Read,
             };
-            self.check_conflict(bytes, p.valid, kind, lane, p.global);
+            self.check_order(bytes, p.valid, kind, lane, p.global, UNDER_WAY);
             sectors += (p.global % 32 + u64::from(p.valid)).div_ceil(32);
         }
         let site = &mut self.tally.sites[self.pc as usize];
@@ -305,7 +306,13 @@ fn bulk_agent(warp: &Warp, lane: usize, record: (u16, u32), pc: u32) -> Agent<'_
 }
 
 /// Performs the stores of the lanes of a warp but for the `keep` latest groups of each; or their reads alone.
-fn perform_stores(run: &Run<'_>, cta: &mut Cta, warp: &mut Warp, waiting: u32, keep: u64, reads: bool) {
+fn perform_stores(
+    run: &Run<'_>,
+    cta: &mut Cta,
+    warp: &mut Warp,
+    (waiting, keep, reads): (u32, u64, bool),
+    epoch: u32,
+) {
     let groups = warp.bulk_groups;
     let done = |s: &BulkStore| {
         let lane = usize::from(s.lane);
@@ -314,7 +321,7 @@ fn perform_stores(run: &Run<'_>, cta: &mut Cta, warp: &mut Warp, waiting: u32, k
     for store in warp.bulk_stores.iter_mut().filter(|s| done(s)) {
         read_store(cta, store);
         if !reads {
-            perform_store(run, store);
+            perform_store(run, store, (cta.cluster, epoch));
         }
         if let Some(known) = warp.knows.clock.get_mut(cta.columns.stores as usize) {
             *known = (*known).max(store.serial);
@@ -348,12 +355,12 @@ pub(crate) fn finish_stores(run: &Run<'_>, ctas: &mut [Cta], rank: usize, warp: 
             run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
         }
         read_store(&mut ctas[rank], &mut store);
-        perform_store(run, &store);
+        perform_store(run, &store, (ctas[rank].cluster, ctas[0].standing.epoch));
     }
 }
 
 /// Writes what a store has read.
-fn perform_store(run: &Run<'_>, store: &BulkStore) {
+fn perform_store(run: &Run<'_>, store: &BulkStore, (cluster, epoch): (u32, u32)) {
     let read = store.read.as_deref().unwrap_or_default();
     for (p, bytes) in store.pieces.iter().zip(read.chunks(PIECE as usize)).filter(|(p, _)| p.valid > 0) {
         let from = bytes.as_ptr();
@@ -370,6 +377,7 @@ fn perform_store(run: &Run<'_>, store: &BulkStore) {
             }
             std::ptr::write_bytes(to.written, 1, p.valid as usize);
         }
+        to.date(p.valid, cluster, epoch);
     }
 }
 
@@ -545,7 +553,8 @@ pub(crate) struct WaitBulk;
 
 impl Instruction for WaitBulk {
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
-        perform_stores(x.run, &mut x.ctas[x.rank], x.warp, x.active, i.imm as u64, i.mode == 1);
+        let (which, epoch) = ((x.active, i.imm as u64, i.mode == 1), x.ctas[0].standing.epoch);
+        perform_stores(x.run, &mut x.ctas[x.rank], x.warp, which, epoch);
         *x.progress += 1;
         Flow::Next
     }

@@ -4,6 +4,7 @@ use super::Machine;
 use super::barrier::Barrier;
 use super::bulk::Transfer;
 use super::mbarrier::Mbarrier;
+use super::order::Standing;
 use super::shadow::{COLUMNS, Shadow};
 use super::warp::{State, Turn, Warp, run_warp};
 use crate::counters::Tally;
@@ -25,8 +26,8 @@ pub(crate) struct Cta {
     pub(crate) id: [u32; 3],
     /// Number of its cluster in the grid.
     pub(crate) cluster: u32,
-    /// Whether it may have learnt that other blocks are done with something: see `FindingKind::Conflict`.
-    pub(crate) acquired: bool,
+    /// What its cluster knows of others: see `FindingKind::Conflict`. Kept in the first block.
+    pub(crate) standing: Standing,
     memory: Vec<Line>,
     pub(crate) shadow: Option<Shadow>,
     pub(crate) barriers: Vec<Barrier>,
@@ -61,7 +62,7 @@ impl Cta {
         Self {
             id: [0; 3],
             cluster: 0,
-            acquired: false,
+            standing: Standing::default(),
             memory: vec![Line([0; 1024]); stripes],
             shadow: run.shadowed.then(|| Shadow::new(run.shared_end, columns)),
             barriers: (0..BARRIERS + WARPGROUPS).map(|_| Barrier::new(columns)).collect(),
@@ -83,7 +84,7 @@ impl Cta {
     fn start(&mut self, id: [u32; 3], cluster: u32, base: u32) {
         self.id = id;
         self.cluster = cluster;
-        self.acquired = false;
+        self.standing = Standing::default();
         if let Some(shadow) = &mut self.shadow {
             shadow.reset();
         }
