@@ -152,6 +152,10 @@ impl Standstill {
     /// are.
     pub(crate) fn is_final(&self, progress: u64, before: &mut Option<u64>) -> bool {
         let mut stuck = self.stuck.lock().unwrap_or_else(|e| e.into_inner());
+        if progress < stuck.0 {
+            // Others are further: what was said of that progress must stand.
+            return false;
+        }
         if *before != Some(progress) {
             if stuck.0 != progress {
                 *stuck = (progress, 0);
@@ -159,7 +163,7 @@ impl Standstill {
             stuck.1 += 1;
             *before = Some(progress);
         }
-        *stuck >= (progress, self.working.load(Ordering::Acquire))
+        stuck.1 >= self.working.load(Ordering::Acquire)
     }
 }
 

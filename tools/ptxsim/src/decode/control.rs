@@ -127,7 +127,10 @@ impl Builder<'_, '_> {
         self.class(Class::Sync);
         if self.take("proxy") {
             if self.take("async") {
-                self.ignore(&["global"]);
+                if self.take("global") {
+                    // Of global memory alone, whose order with copies is not looked at.
+                    return self.nothing();
+                }
                 if self.take("shared::cta") || self.take("shared::cluster") || self.operands() == 0 {
                     return self.run::<ProxyFence>();
                 }

@@ -106,7 +106,7 @@ impl Builder<'_, '_> {
         let has = |m: &str| self.parts.contains(&m);
         let orders = has(order) && !has("cta");
         let strong = orders || ["volatile", "relaxed", "cv"].into_iter().any(has);
-        u8::from(strong) * STRONG | u8::from(orders) * ORDERS
+        (u8::from(strong) * STRONG) | (u8::from(orders) * ORDERS)
     }
 
     pub(super) fn load(&mut self) -> Parsed<()> {
