@@ -407,7 +407,7 @@ fn blocks_wait_for_those_that_began_before() -> Result<()> {
     for (threads, together) in [(1, 1), (1, 4), (3, 1), (2, 3)] {
         for options in schedules() {
             let mut bench = Bench::new(&text, &["words"]).grid(40);
-            bench.options = Options { threads, together, patience: 5_000, ..options };
+            bench.options = Options { threads, together, patience: 1_000_000, ..options };
             let mut memory = [Memory::from_bytes(&[0; 12])];
             let outcome = bench.run(&mut memory)?;
             assert!(outcome.findings.is_empty(), "{:?}", outcome.findings);
