@@ -1,6 +1,7 @@
 // Matrix products on Hopper's tensor cores, with what follows them: those of linear.cu, where a copy engine can take
 // their operands. The main loop is in common/product_wgmma.cuh.
 //   y[n,m] = act(sum_k x[n,k] w[m,k] + bias[m]) + residual[n,m]     (fwd; act: none, silu, SwiGLU over pairs)
+//   y[n,m] = (x w^T + bias)[n,m], heads turned by positions[n]                         (rope)
 //   dx[n,k] = sum_m dy[n,m] w[m,k],   dw[m,k] (+)= sum_n dy[n,m] x[n,k]
 //
 // Tiles of 128x256 are multiplied by two warpgroups together, those of 128x192 and 64x128 by one of them. Where dw has
@@ -9,28 +10,31 @@
 //
 // Target  sm_90a
 //
-// entry                                 grid  block  shared    arguments                                                          bytes         flops
-// linear_fwd_wgmma_128x256_bf16         <=T   384    0+217152  y | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
-// linear_fwd_wgmma_128x192_bf16         <=T   384    0+225376  y | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
-// linear_fwd_wgmma_64x128_bf16          <=T   384    0+217232  y | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
-// linear_fwd_silu_wgmma_128x256_bf16    <=T   384    0+217152  y pre | x:map w:map bias residual | N M K has_bias has_residual |  2NK+2MK+6NM   2NMK
-// linear_fwd_silu_wgmma_128x192_bf16    <=T   384    0+225376  y pre | x:map w:map bias residual | N M K has_bias has_residual |  2NK+2MK+6NM   2NMK
-// linear_fwd_silu_wgmma_64x128_bf16     <=T   384    0+217232  y pre | x:map w:map bias residual | N M K has_bias has_residual |  2NK+2MK+6NM   2NMK
-// linear_fwd_swiglu_wgmma_128x256_bf16  <=T   384    0+217152  y pre | x:map w:map bias residual | N M K has_bias has_residual |  2NK+2MK+4NM   2NMK
-// linear_fwd_swiglu_wgmma_128x192_bf16  <=T   384    0+225376  y pre | x:map w:map bias residual | N M K has_bias has_residual |  2NK+2MK+4NM   2NMK
-// linear_fwd_swiglu_wgmma_64x128_bf16   <=T   384    0+217232  y pre | x:map w:map bias residual | N M K has_bias has_residual |  2NK+2MK+4NM   2NMK
-// linear_dx_wgmma_128x256_bf16          <=T   384    0+217152  dx | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
-// linear_dx_wgmma_128x192_bf16          <=T   384    0+225376  dx | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
-// linear_dx_wgmma_64x128_bf16           <=T   384    0+217232  dx | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
-// linear_dw_wgmma_128x256_bf16          <=T   384    0+217152  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+2MK   2NMK
-// linear_dw_wgmma_128x192_bf16          <=T   384    0+225376  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+2MK   2NMK
-// linear_dw_wgmma_64x128_bf16           <=T   384    0+217232  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+2MK   2NMK
-// linear_dw_wgmma_128x256_f32           <=T   384    0+217152  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+4MK   2NMK
-// linear_dw_wgmma_128x192_f32           <=T   384    0+225376  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+4MK   2NMK
-// linear_dw_wgmma_64x128_f32            <=T   384    0+217232  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+4MK   2NMK
-// linear_dw_split_wgmma_128x256_f32     <=TS  384    0+217152  parts | dy:map x:map | N M K depth |                               2NM+2NK+4SMK  2NMK
-// linear_dw_split_wgmma_128x192_f32     <=TS  384    0+225376  parts | dy:map x:map | N M K depth |                               2NM+2NK+4SMK  2NMK
-// linear_dw_split_wgmma_64x128_f32      <=TS  384    0+217232  parts | dy:map x:map | N M K depth |                               2NM+2NK+4SMK  2NMK
+// entry                                 grid  block  shared    arguments                                                              bytes         flops
+// linear_fwd_wgmma_128x256_bf16         <=T   384    0+218192  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
+// linear_fwd_wgmma_128x192_bf16         <=T   384    0+226400  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
+// linear_fwd_wgmma_64x128_bf16          <=T   384    0+218256  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
+// linear_fwd_silu_wgmma_128x256_bf16    <=T   384    0+218192  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
+// linear_fwd_silu_wgmma_128x192_bf16    <=T   384    0+226400  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
+// linear_fwd_silu_wgmma_64x128_bf16     <=T   384    0+218256  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
+// linear_fwd_swiglu_wgmma_128x256_bf16  <=T   384    0+218192  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
+// linear_fwd_swiglu_wgmma_128x192_bf16  <=T   384    0+226400  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
+// linear_fwd_swiglu_wgmma_64x128_bf16   <=T   384    0+218256  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
+// linear_fwd_rope_wgmma_128x256_bf16    <=T   384    0+218192  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
+// linear_fwd_rope_wgmma_128x192_bf16    <=T   384    0+226400  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
+// linear_fwd_rope_wgmma_64x128_bf16     <=T   384    0+218256  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
+// linear_dx_wgmma_128x256_bf16          <=T   384    0+218192  dx | dy:map w:map | N M K |                                            2NM+2MK+2NK   2NMK
+// linear_dx_wgmma_128x192_bf16          <=T   384    0+226400  dx | dy:map w:map | N M K |                                            2NM+2MK+2NK   2NMK
+// linear_dx_wgmma_64x128_bf16           <=T   384    0+218256  dx | dy:map w:map | N M K |                                            2NM+2MK+2NK   2NMK
+// linear_dw_wgmma_128x256_bf16          <=T   384    0+218192  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
+// linear_dw_wgmma_128x192_bf16          <=T   384    0+226400  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
+// linear_dw_wgmma_64x128_bf16           <=T   384    0+218256  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
+// linear_dw_wgmma_128x256_f32           <=T   384    0+218192  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
+// linear_dw_wgmma_128x192_f32           <=T   384    0+226400  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
+// linear_dw_wgmma_64x128_f32            <=T   384    0+218256  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
+// linear_dw_split_wgmma_128x256_f32     <=TS  384    0+218192  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
+// linear_dw_split_wgmma_128x192_f32     <=TS  384    0+226400  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
+// linear_dw_split_wgmma_64x128_f32      <=TS  384    0+218256  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
 //
 // Needs   K % 8 == 0 and M % 8 == 0, so that rows are 16-byte aligned; no extent of 0; depth % 64 == 0. The boxes of
 //         maps hold 64 elements of a row, swizzled by 128 bytes: of a left factor along the depth all vectors of a tile, of
@@ -38,12 +42,43 @@
 //         unless has_bias, has_residual say so.
 // Rounds  once, on store; pre too, before the activation; sums in f32, fixed order (deterministic).
 #include "common/product_wgmma.cuh"
+#include "common/waves.cuh"
 
 template <typename T, typename Activation>
 INLINE void forward(const Activation& out, const TensorMap& x, const TensorMap& w, u32 rows, u32 depth) {
     product<T, true, true>(x, w, rows, out.columns, depth, depth, [&](const Sums<T>& acc, const Place& at) {
         finish<T>(acc, at, rows, out.columns, out);
     });
+}
+
+// The first `turning` columns are heads of `width` columns, whose pairs turn by their row's position, as in rope.cu.
+template <typename T>
+struct Rope : Epilogue {
+    const int* positions;
+    u32 width, turning;
+
+    // Where the frequencies of a head's pairs are.
+    INLINE static u64* frequencies() { return reinterpret_cast<u64*>(shared_memory + T::BEHIND); }
+
+    INLINE void operator()(u64 row, u32 column, float (&v)[8]) const {
+        add_bias(v, column);
+        const int position = column < turning ? positions[row] : -1;
+        if (position >= 0) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const Wave w = wave(turns(position, frequencies()[column % width / 2 + j]));
+                const float x = v[2 * j], y = v[2 * j + 1];
+                v[2 * j] = x * w.cos - y * w.sin, v[2 * j + 1] = x * w.sin + y * w.cos;
+            }
+        }
+        store(v, row, column);
+    }
+};
+
+template <typename T>
+INLINE void forward_rope(const Rope<T>& out, const TensorMap& x, const TensorMap& w, u32 rows, u32 depth, u64 ratio) {
+    for (u32 j = threadIdx.x; j < out.width / 2; j += blockDim.x) out.frequencies()[j] = frequency(ratio, j);
+    forward<T>(out, x, w, rows, depth);
 }
 
 template <typename T>
@@ -130,6 +165,24 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
         const bf16* bias, const bf16* residual, u32 rows, u32 columns, u32 depth, u32 has_bias, u32 has_residual) {
     const SwiGlu out{{y, pre, bias, residual, columns, has_bias != 0, has_residual != 0}};
     forward<Few>(out, x, w, rows, depth);
+}
+
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
+    linear_fwd_rope_wgmma_128x256_bf16(bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const bf16* bias, const int* positions,
+        u32 rows, u32 columns, u32 depth, u32 has_bias, u32 width, u32 turning, u64 ratio) {
+    forward_rope<Together>({{y, nullptr, bias, nullptr, columns, has_bias != 0, false}, positions, width, turning}, x, w, rows, depth, ratio);
+}
+
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
+    linear_fwd_rope_wgmma_128x192_bf16(bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const bf16* bias, const int* positions,
+        u32 rows, u32 columns, u32 depth, u32 has_bias, u32 width, u32 turning, u64 ratio) {
+    forward_rope<Apart>({{y, nullptr, bias, nullptr, columns, has_bias != 0, false}, positions, width, turning}, x, w, rows, depth, ratio);
+}
+
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
+    linear_fwd_rope_wgmma_64x128_bf16(bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const bf16* bias, const int* positions,
+        u32 rows, u32 columns, u32 depth, u32 has_bias, u32 width, u32 turning, u64 ratio) {
+    forward_rope<Few>({{y, nullptr, bias, nullptr, columns, has_bias != 0, false}, positions, width, turning}, x, w, rows, depth, ratio);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)

@@ -13,7 +13,7 @@ use transfusion_core::{
     Result,
     graph::Graph,
     op::Kind,
-    ops::{Activation, AdamW, AdamWStates, Epilogue, Noise, Repeat, SamplerInputs, SamplerStep},
+    ops::{Activation, AdamW, AdamWStates, Epilogue, Noise, Repeat, Rotary, SamplerInputs, SamplerStep},
     tensor::{DType, Shape, Tensor},
 };
 
@@ -385,6 +385,15 @@ enum Place {
     Cached { extend: Extend, positions: Tensor, slots: Tensor, row_start: Tensor, row_end: Tensor },
 }
 
+impl Place {
+    /// Of every row, within its sequence.
+    fn positions(&self) -> Tensor {
+        match *self {
+            Place::Packed { positions, .. } | Place::Cached { positions, .. } => positions,
+        }
+    }
+}
+
 /// The images of a training batch.
 struct Images {
     patches: Tensor,
@@ -487,34 +496,35 @@ impl<'c> Builder<'c> {
         let c = self.config;
         let h = self.norm(x, &layer(i, "input_layernorm.weight"));
         let w = self.weight(&layer(i, "self_attn.qkv.weight"));
-        let mut qkv = self.g.linear(h, w, Epilogue::default());
-        if c.qk_norm() {
+        let rows = self.g.spec(x).shape.rows();
+        let positions = self.g.reshape(place.positions(), [rows]);
+        let (heads, theta) = (c.heads(), c.rope_theta);
+        let qkv = if c.qk_norm() {
             let wq = self.weight(&layer(i, "self_attn.q_norm.weight"));
             let wk = self.weight(&layer(i, "self_attn.k_norm.weight"));
-            qkv = self.cheap(|b| b.g.qk_norm(qkv, wq, wk, c.heads(), c.rms_norm_eps));
-        }
+            let qkv = self.g.linear(h, w, Epilogue::default());
+            let qkv = self.cheap(|b| b.g.qk_norm(qkv, wq, wk, heads, c.rms_norm_eps));
+            self.cheap(|b| b.g.rope(qkv, positions, heads, theta))
+        } else {
+            let rotary = Some(Rotary { positions, heads, theta });
+            self.g.linear(h, w, Epilogue { rotary, ..Default::default() })
+        };
         let o = self.attend(i, qkv, place);
         let w = self.weight(&layer(i, "self_attn.o_proj.weight"));
         self.g.linear(o, w, Epilogue { residual: Some(x), ..Default::default() })
     }
 
-    /// Rotates, caches where there is a cache, and attends: `[N, (H + 2 Hkv) D]` to `[N, H D]`.
+    /// Caches where there is a cache, and attends: `[N, (H + 2 Hkv) D]` to `[N, H D]`.
     fn attend(&mut self, i: usize, qkv: Tensor, place: &Place) -> Tensor {
         let heads = self.config.heads();
         let (n, packed) = (self.g.spec(qkv).shape.rows(), self.g.spec(qkv).shape.last());
-        let rotate = |b: &mut Self, positions: Tensor| {
-            let flat = b.g.reshape(positions, [n]);
-            b.cheap(|b| b.g.rope(qkv, flat, heads, b.config.rope_theta))
-        };
         let o = match *place {
-            Place::Packed { rows, positions, row_start, row_end } => {
-                let qkv = rotate(self, positions);
+            Place::Packed { rows, row_start, row_end, .. } => {
                 self.show(&format!("qkv.{i}"), qkv);
                 let qkv = self.cheap(|b| b.g.reshape(qkv, [rows, n / rows.max(1), packed]));
                 self.g.attention(qkv, row_start, row_end, heads)
             }
             Place::Cached { extend: e, positions, slots, row_start, row_end } => {
-                let qkv = rotate(self, positions);
                 let qkv = self.g.reshape(qkv, [e.rows, e.positions, packed]);
                 let (q, kv) = (heads.heads * heads.width, heads.kv_heads * heads.width);
                 let shape = [e.slots, e.capacity, kv];
@@ -598,7 +608,7 @@ impl<'c> Builder<'c> {
     fn projection(&mut self, name: &str, x: Tensor, activation: Activation) -> Tensor {
         let w = self.weight(&format!("transfusion.{name}.weight"));
         let bias = Some(self.weight(&format!("transfusion.{name}.bias")));
-        self.g.linear(x, w, Epilogue { bias, activation, residual: None })
+        self.g.linear(x, w, Epilogue { bias, activation, ..Default::default() })
     }
 
     /// From rows `[I P, C]` of patches to predictions `[I, S, S, channels]`.

@@ -2,11 +2,17 @@
 //! what follows the product is its [`Epilogue`]. An activation takes what is stored of the product, so that it
 //! has the bits of an op of its own: those that recomputation finds.
 use super::{
+    Heads,
     add::column_sum,
     prelude::*,
+    rope::{Rope, RopeBwd},
     swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_row},
 };
-use crate::{agreement, tensor::Host};
+use crate::{
+    agreement::{self, Application},
+    tensor::Host,
+};
+use std::sync::Arc;
 
 pub(super) mod kernels;
 
@@ -22,6 +28,17 @@ pub enum Activation {
     SwiGlu,
 }
 
+/// Rotary positions of the heads that a product makes, as [`Graph::rope`] takes them.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotary {
+    /// i32, one for each row.
+    pub positions: Tensor,
+    /// What the rows of the product hold.
+    pub heads: Heads,
+    /// Base of the angles.
+    pub theta: f64,
+}
+
 /// What follows a matrix product, in this order.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Epilogue {
@@ -31,13 +48,16 @@ pub struct Epilogue {
     pub activation: Activation,
     /// Added at last; of the result's shape.
     pub residual: Option<Tensor>,
+    /// Or, with neither of the two, its heads turn.
+    pub rotary: Option<Rotary>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Linear {
     bias: bool,
     activation: Activation,
     residual: bool,
+    rotary: Option<Rope>,
     precision: Precision,
 }
 
@@ -60,8 +80,10 @@ impl Graph {
     #[track_caller]
     pub fn linear(&mut self, x: Tensor, w: Tensor, e: Epilogue) -> Tensor {
         let (bias, residual) = (e.bias.is_some(), e.residual.is_some());
-        let op = Linear { bias, activation: e.activation, residual, precision: self.precision };
-        let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).collect();
+        let rotary = e.rotary.map(|r| Rope { heads: r.heads, theta: r.theta });
+        let op = Linear { bias, activation: e.activation, residual, rotary, precision: self.precision };
+        let positions = e.rotary.map(|r| r.positions);
+        let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).chain(positions).collect();
         match e.activation {
             Activation::None => self.push::<1>(op, &ins)[0],
             _ => self.push::<2>(op, &ins)[0],
@@ -73,6 +95,11 @@ impl Linear {
     /// Position of the residual among the inputs.
     fn residual_at(&self) -> Option<usize> {
         self.residual.then_some(2 + usize::from(self.bias))
+    }
+
+    /// The rotation of the result, and the position of its positions among the inputs.
+    fn rotary_at(&self) -> Option<(Rope, usize)> {
+        self.rotary.map(|rope| (rope, 2 + usize::from(self.bias) + usize::from(self.residual)))
     }
 
     /// Bias, activation and residual over finished rows of the product `pre`, which is stored as `stored`;
@@ -122,6 +149,9 @@ impl Linear {
         let pres = pre.par_chunks_mut((step * m).max(1)).enumerate();
         if width == 0 {
             pres.for_each(|(i, pre)| piece(i, pre, &mut []));
+            if let Some((rope, at)) = self.rotary_at() {
+                rope.run(&[], ins[at].i32(), pre, 1.0, cpu);
+            }
         } else {
             pres.zip(y.par_chunks_mut(step * width)).for_each(|((i, pre), y)| piece(i, pre, y));
         }
@@ -134,7 +164,7 @@ impl Op for Linear {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        floats(ins)?;
+        floats(&ins[..ins.len() - usize::from(self.rotary.is_some())])?;
         let (x, w) = (ins[0], ins[1]);
         if w.shape.dims().len() != 2 || x.shape.last() != w.shape.last() {
             return Err(format!("inner dimensions differ: {x:?} times the transpose of {w:?}"));
@@ -154,24 +184,47 @@ impl Op for Linear {
             return Err(format!("residual {:?} does not fit {y:?}", ins[r]));
         }
         let (y, pre) = (Spec::new(y, x.dtype), Spec::new(pre, x.dtype));
+        if let Some((rope, at)) = self.rotary_at() {
+            if self.residual || self.activation != Activation::None {
+                return Err("heads turn in place of an activation or a residual, not beside them".into());
+            }
+            rope.infer(&[y, ins[at]])?;
+        }
         Ok(if self.activation == Activation::None { vec![y] } else { vec![y, pre] })
     }
 
-    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
-        product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads)
+    fn workspace(&self, ins: &[Spec], outs: &[Spec], threads: usize) -> Vec<usize> {
+        let product = product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads);
+        match self.rotary {
+            Some(rope) => most([product, rope.space(outs[0])]),
+            None => product,
+        }
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => self.run::<T>(ins, outs, cpu));
     }
 
-    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::forward(self, ins, on)
+    /// Heads that turn after they were stored.
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        let (rope, at) = self.rotary_at()?;
+        let run = |op: Arc<dyn Op>, specs: &[Spec], ins: &[Host]| {
+            Application { op, specs: specs.into(), ins: ins.into() }.run(&mut agreement::cpu(1).ok()?).ok()
+        };
+        let product = Linear { rotary: None, ..*self };
+        let y = run(Arc::new(product), &specs[..at], &ins[..at])?.pop()?;
+        let spec = product.infer(&specs[..at]).ok()?[0];
+        run(Arc::new(rope), &[spec, specs[at]], &[y, ins[at].clone()])
+    }
+
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::forward(self, ins, outs, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
-        Cost { flops: product, bytes: traffic(ins, outs) }
+        let turned = self.rotary.map_or(0, |rope| rope.flops(outs[0]));
+        Cost { flops: product + turned, bytes: traffic(ins, outs) }
     }
 
     fn precision(&self, ins: &[Spec]) -> Precision {
@@ -182,7 +235,10 @@ impl Op for Linear {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); n.ins.len()]) };
         let (x, w) = (n.ins[0], n.ins[1]);
         let dpre = match self.activation {
-            Activation::None => dy,
+            Activation::None => match self.rotary_at() {
+                Some((rope, at)) => g.push::<1>(RopeBwd(rope), &[dy, n.ins[at]])[0],
+                None => dy,
+            },
             Activation::Silu => g.push::<1>(SiluBwd, &[n.outs[1], dy])[0],
             Activation::SwiGlu => g.push::<1>(SwiGluBwd, &[n.outs[1], dy])[0],
         };
@@ -201,6 +257,9 @@ impl Op for Linear {
         }
         if self.residual {
             grads.push(Grad::To(dy));
+        }
+        if self.rotary.is_some() {
+            grads.push(Grad::Integer);
         }
         Ok(grads)
     }
@@ -309,7 +368,7 @@ pub(super) fn cases() -> Vec<Case> {
     };
     let fused = |name: &str, activation| {
         Case::new("linear", name, move |g, x| {
-            let e = Epilogue { bias: Some(x[2]), activation, residual: Some(x[3]) };
+            let e = Epilogue { bias: Some(x[2]), activation, residual: Some(x[3]), rotary: None };
             vec![g.linear(x[0], x[1], e)]
         })
     };
@@ -444,6 +503,7 @@ pub(super) fn cases() -> Vec<Case> {
                     bias: bias.then(|| x[2]),
                     activation,
                     residual: residual.then(|| x[2 + usize::from(bias)]),
+                    rotary: None,
                 };
                 vec![g.linear(x[0], x[1], e)]
             };
@@ -458,5 +518,42 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(case.large());
         }
     }
+    cases.extend(rotary_cases());
     cases
+}
+
+/// Heads that turn: on few rows and on many, with and without bias, rows in use and others.
+fn rotary_cases() -> Vec<Case> {
+    let case = |n: usize, k: usize, heads: Heads, bias: bool| {
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let rotary = Some(Rotary { positions: x[2], heads, theta: 1e4 });
+            let e = Epilogue { bias: bias.then(|| x[3]), rotary, ..Epilogue::default() };
+            vec![g.linear(x[0], x[1], e)]
+        };
+        let at = |i: usize| match i % 7 {
+            3 => -1,
+            4 => 100_003 + i as i32,
+            _ => (i % 1021) as i32,
+        };
+        let m = heads.packed_width();
+        let name = format!("{n}x{k}x{m}, {heads:?}, bias {bias}");
+        let case = Case::new("linear", name, build).normal([n, k]).floats([m, k], Fill::Normal(0.3));
+        let case = case.ints([n], &(0..n).map(at).collect::<Vec<_>>());
+        if bias { case.normal([m]) } else { case }
+    };
+    let heads = |heads, kv_heads, width| Heads { heads, kv_heads, width };
+    let small = [case(5, 7, heads(2, 1, 6), false), case(9, 5, heads(1, 1, 2), true)];
+    let large = [
+        (1, 40, heads(2, 1, 32), false),
+        (6, 136, heads(1, 1, 64), true),
+        (37, 72, heads(3, 1, 24), false),
+        (130, 520, heads(2, 1, 64), true),
+        (257, 200, heads(3, 3, 32), false),
+        (300, 136, heads(4, 1, 64), true),
+        (67, 264, heads(1, 1, 128), false),
+        (193, 200, heads(1, 1, 256), true),
+        (269, 72, heads(5, 2, 40), false),
+        (139, 264, heads(9, 4, 8), true),
+    ];
+    small.into_iter().chain(large.map(|(n, k, h, bias)| case(n, k, h, bias).large())).collect()
 }
