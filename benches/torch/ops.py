@@ -109,7 +109,10 @@ def rmsnorm(s, t):
 def rmsnorm_bwd(s, t):
     x, w, _, dy, *before = t
     norm = lambda x, w: F.rms_norm(x, w.shape, w, 1e-5)
-    return gradient(norm, [x, w], dy, lambda g: {0: g[0], 1: g[1] + (before[0] if before else 0.0)})
+    of, d = norm, dy
+    if s.arrived == "true":
+        of, d = lambda x, w: (norm(x, w), x), (dy, before.pop(0))
+    return gradient(of, [x, w], d, lambda g: {0: g[0], 1: g[1] + (before[0] if before else 0.0)})
 
 
 def split(qkv, s):

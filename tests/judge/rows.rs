@@ -64,7 +64,12 @@ fn rmsnorm_bwd(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
     let columns = some(ins[0].shape.last())
         .into_iter()
         .map(|c| hiding(format!("column {c} of w"), vec![(1, c..c + 1)], vec![all(0, outs[0])]));
-    rows.chain(columns).collect()
+    let arrived = ins.get(4).filter(|&&arrived| arrived == ins[0]).map(|&arrived| {
+        some(arrived.shape.rows()).into_iter().map(move |n| {
+            hiding(format!("row {n} of what has arrived"), vec![row(4, arrived, n)], vec![row(0, outs[0], n)])
+        })
+    });
+    rows.chain(columns).chain(arrived.into_iter().flatten()).collect()
 }
 
 fn linear(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {

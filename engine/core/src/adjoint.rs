@@ -45,13 +45,13 @@ impl Graph {
     fn differentiate(&mut self, seeds: &[(Tensor, Tensor)], params: &[Tensor]) -> Result<()> {
         self.open_accumulators(params)?;
         let live = self.depend_on(params);
-        let mut grad: HashMap<Tensor, Tensor> = HashMap::new();
+        self.arrived.clear();
         for &(t, d) in seeds {
-            self.collect(&mut grad, t, d);
+            self.collect(t, d);
         }
         let mut reached: HashSet<Tensor> = HashSet::new();
         for node in self.nodes.clone().iter().rev() {
-            let d: Vec<_> = node.outs.iter().map(|o| grad.get(o).copied()).collect();
+            let d: Vec<_> = node.outs.iter().map(|o| self.arrived.get(o).copied()).collect();
             if d.iter().all(Option::is_none) || !node.ins.iter().any(|t| live.contains(t)) {
                 continue;
             }
@@ -74,7 +74,7 @@ impl Graph {
                         self.accumulators.insert(x, sum);
                         reached.insert(x);
                     }
-                    Grad::To(dx) if live.contains(&x) => self.collect(&mut grad, x, dx),
+                    Grad::To(dx) if live.contains(&x) => self.collect(x, dx),
                     Grad::To(_) | Grad::Integer => {}
                     Grad::Stop(why) if live.contains(&x) && params.contains(&x) => {
                         return Err(node.no_adjoint(why));
@@ -84,6 +84,7 @@ impl Graph {
             }
         }
         self.accumulators.clear();
+        self.arrived.clear();
         self.check()?;
         match params.iter().find(|p| !reached.contains(p)) {
             Some(p) => Err(Error::Graph(format!(
@@ -120,9 +121,9 @@ impl Graph {
         live
     }
 
-    fn collect(&mut self, grad: &mut HashMap<Tensor, Tensor>, x: Tensor, dx: Tensor) {
-        let sum = grad.get(&x).map_or(dx, |&have| self.add(have, dx));
-        grad.insert(x, sum);
+    fn collect(&mut self, x: Tensor, dx: Tensor) {
+        let sum = self.arrived.get(&x).copied().map_or(dx, |have| self.add(have, dx));
+        self.arrived.insert(x, sum);
     }
 }
 
@@ -243,6 +244,31 @@ mod tests {
         let reader = &plan.steps[again[1].0 + 1];
         assert_eq!(reader.op.name(), "swiglu_bwd");
         assert_eq!(reader.ins[0], again[1].1.outs[0]);
+    }
+
+    /// How many sums a backward pass takes beside that of the one accumulator, through `build` from `x [3, 8]` and a
+    /// scale `[8]`.
+    fn sums(build: impl FnOnce(&mut Graph, Tensor, Tensor) -> Vec<Tensor>) -> usize {
+        let mut g = Graph::new();
+        let p = g.state(Kind::Param, "p", [3, 16], DType::F32);
+        let (x, w) = (g.swiglu(p), g.input("w", [8], DType::F32));
+        let outs = build(&mut g, x, w);
+        let forward = g.nodes.len();
+        let seeds: Vec<_> = outs.into_iter().map(|y| (y, g.input("d", [3, 8], DType::F32))).collect();
+        g.backward_from(&seeds, &[p]).unwrap();
+        Plan::new(&g).unwrap();
+        g.nodes[forward..].iter().filter(|n| n.op.name() == "add").count() - 1
+    }
+
+    #[test]
+    fn a_norm_adds_to_what_has_arrived() {
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5)]), 0);
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5), x]), 0);
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5), g.rmsnorm(x, w, 1e-5)]), 0);
+        // Of both operands of a sum, before that of the norm; and behind it.
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5), g.add(x, x)]), 1);
+        let behind = |g: &mut Graph, x: Tensor, w: Tensor| vec![g.add(x, x), g.rmsnorm(x, w, 1e-5)];
+        assert_eq!(sums(behind), 2);
     }
 
     #[test]
