@@ -269,12 +269,10 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let dtype = c.dtype();
     let schedule = g.input("schedule", [3], DType::F32);
     let all = weights(c);
-    let mut sum = g.fill(0.0, [1], DType::F32);
+    let none = g.fill(0.0, [1], DType::F32);
     let gradients = options.gradients.dtype();
-    for w in &all {
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
-        sum = g.sum_squares_into(sum, grad);
-    }
+    let grads: Vec<Tensor> = all.iter().map(|w| g.state(Kind::Grad, &w.name, w.shape(), gradients)).collect();
+    let sum = g.sum_squares_into(none, &grads);
     let [norm, scale] = g.clip(sum, options.max_norm);
     g.output("grad_norm", norm);
     let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
