@@ -77,7 +77,15 @@ def linear(s, t):
 
 @peer("eager")
 def linear_dx(s, t):
-    return Task(lambda: t[0] @ t[1], lambda dx: {0: dx})
+    if s.gated != "true":
+        return Task(lambda: t[0] @ t[1], lambda dx: {0: dx})
+    gate, up = (x.contiguous() for x in unzip(t[2]).chunk(2, -1))
+
+    def run():
+        dy = t[0] @ t[1]
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+
+    return Task(run, lambda d: {0: zipped(torch.cat(d, -1))})
 
 
 @peer("eager")

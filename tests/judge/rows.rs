@@ -87,12 +87,17 @@ fn linear(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
 }
 
 fn linear_dx(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
-    let rows = some(ins[0].shape.rows())
-        .into_iter()
-        .map(|n| hiding(format!("row {n} of dy"), vec![row(0, ins[0], n)], vec![row(0, outs[0], n)]));
-    let columns = some(ins[1].shape.last())
-        .into_iter()
-        .map(|k| hiding(format!("column {k} of w"), column(1, ins[1], k), column(0, outs[0], k)));
+    let rows = some(ins[0].shape.rows()).into_iter().map(|n| {
+        let pre = ins.get(2).map(|pre| row(2, *pre, n));
+        let poisoned = [row(0, ins[0], n)].into_iter().chain(pre).collect();
+        hiding(format!("row {n} of dy, and of what is gated"), poisoned, vec![row(0, outs[0], n)])
+    });
+    // Of a gated column come those of gate and up.
+    let each = outs[0].shape.last() / ins[1].shape.last();
+    let columns = some(ins[1].shape.last()).into_iter().map(|k| {
+        let touched = (k * each..(k + 1) * each).flat_map(|c| column(0, outs[0], c)).collect();
+        hiding(format!("column {k} of w"), column(1, ins[1], k), touched)
+    });
     rows.chain(columns).collect()
 }
 

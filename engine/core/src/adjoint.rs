@@ -46,10 +46,10 @@ impl Graph {
         self.open_accumulators(params)?;
         let live = self.depend_on(params);
         self.arrived.clear();
+        let begun = self.accumulators.clone();
         for &(t, d) in seeds {
-            self.collect(t, d);
+            self.arrive(t, d);
         }
-        let mut reached: HashSet<Tensor> = HashSet::new();
         for node in self.nodes.clone().iter().rev() {
             let d: Vec<_> = node.outs.iter().map(|o| self.arrived.get(o).copied()).collect();
             if d.iter().all(Option::is_none) || !node.ins.iter().any(|t| live.contains(t)) {
@@ -67,14 +67,8 @@ impl Graph {
                 match given {
                     Grad::Into(sum) => {
                         self.accumulators.insert(x, sum);
-                        reached.insert(x);
                     }
-                    Grad::To(dx) if self.accumulators.contains_key(&x) => {
-                        let sum = self.add_into(self.accumulators[&x], dx);
-                        self.accumulators.insert(x, sum);
-                        reached.insert(x);
-                    }
-                    Grad::To(dx) if live.contains(&x) => self.collect(x, dx),
+                    Grad::To(dx) if live.contains(&x) => self.arrive(x, dx),
                     Grad::To(_) | Grad::Integer => {}
                     Grad::Stop(why) if live.contains(&x) && params.contains(&x) => {
                         return Err(node.no_adjoint(why));
@@ -83,10 +77,10 @@ impl Graph {
                 }
             }
         }
-        self.accumulators.clear();
+        let sums = std::mem::take(&mut self.accumulators);
         self.arrived.clear();
         self.check()?;
-        match params.iter().find(|p| !reached.contains(p)) {
+        match params.iter().find(|p| sums[p] == begun[p]) {
             Some(p) => Err(Error::Graph(format!(
                 "the loss does not reach parameter {}; leave it out to freeze it",
                 self.values[p.index()].name
@@ -121,7 +115,14 @@ impl Graph {
         live
     }
 
-    fn collect(&mut self, x: Tensor, dx: Tensor) {
+    /// Adds `dx` to the gradient of `x`, made before the node whose adjoint this is: to its accumulator where it has
+    /// one, else to what has arrived.
+    pub(crate) fn arrive(&mut self, x: Tensor, dx: Tensor) {
+        if let Some(sum) = self.accumulator(x) {
+            let sum = self.add_into(sum, dx);
+            self.accumulators.insert(x, sum);
+            return;
+        }
         let sum = self.arrived.get(&x).copied().map_or(dx, |have| self.add(have, dx));
         self.arrived.insert(x, sum);
     }
@@ -269,6 +270,40 @@ mod tests {
         assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5), g.add(x, x)]), 1);
         let behind = |g: &mut Graph, x: Tensor, w: Tensor| vec![g.add(x, x), g.rmsnorm(x, w, 1e-5)];
         assert_eq!(sums(behind), 2);
+    }
+
+    #[test]
+    fn the_gradient_of_what_is_gated_takes_no_pass_of_its_own() {
+        let backward = |recompute: bool| {
+            let mut g = Graph::new();
+            let x = g.input("x", [3, 8], DType::F32);
+            let [up, down] = [("up", [32, 8]), ("down", [8, 16])]
+                .map(|(name, shape)| g.state(Kind::Param, name, shape, DType::F32));
+            let pre = g.linear(x, up, Epilogue::default());
+            g.recompute = recompute;
+            let h = g.gated(pre);
+            g.recompute = false;
+            let y = g.linear(h, down, Epilogue::default());
+            g.output("y", y);
+            let d = g.input("d", [3, 8], DType::F32);
+            g.backward_from(&[(y, d)], &[up, down]).unwrap();
+            let plan = Plan::new(&g).unwrap();
+            plan.steps.iter().skip(3).map(|s| s.op.name()).collect::<Vec<_>>()
+        };
+        assert_eq!(backward(false), ["linear_dw", "linear_dx", "linear_dw"]);
+        assert_eq!(backward(true), ["swiglu", "linear_dw", "linear_dx", "linear_dw"]);
+    }
+
+    #[test]
+    fn what_is_given_to_a_parameter_itself_is_added() {
+        let mut g = Graph::new();
+        let w = g.state(Kind::Param, "w", [3, 8], DType::F32);
+        let d = g.input("d", [3, 8], DType::F32);
+        let e = g.input("e", [3, 4], DType::F32);
+        let y = g.swiglu(w);
+        g.backward_from(&[(w, d), (y, e)], &[w]).unwrap();
+        let sums = g.nodes.iter().filter(|n| n.op.name() == "add").count();
+        assert_eq!((sums, Plan::new(&g).unwrap().steps.len()), (2, 3));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use transfusion_core::{
     Result,
     graph::Graph,
     op::Kind,
-    ops::{Activation, AdamW, AdamWStates, Epilogue, Noise, Repeat, SamplerInputs, SamplerStep},
+    ops::{Activation, AdamW, AdamWStates, Epilogue, Factor, Noise, Repeat, SamplerInputs, SamplerStep},
     tensor::{DType, Shape, Tensor},
 };
 
@@ -465,9 +465,9 @@ impl<'c> Builder<'c> {
     /// The transformer, from embedded rows `[N, C]` to normalised ones.
     fn trunk(&mut self, mut x: Tensor, place: &Place) -> Tensor {
         for i in 0..self.config.num_hidden_layers {
-            let [gated, residual] = self.again(Recompute::Blocks, |b| {
+            let (gated, residual) = self.again(Recompute::Blocks, |b| {
                 let x = b.attention_block(i, x, place);
-                [b.gated(i, x), x]
+                (b.gated(i, x), x)
             });
             let w = self.weight(&layer(i, "mlp.down_proj.weight"));
             x = self.g.linear(gated, w, Epilogue { residual: Some(residual), ..Default::default() });
@@ -528,15 +528,15 @@ impl<'c> Builder<'c> {
     }
 
     /// The feed-forward network up to what its last product reads: `[N, C]` to `[N, F]`.
-    fn gated(&mut self, i: usize, x: Tensor) -> Tensor {
+    fn gated(&mut self, i: usize, x: Tensor) -> Factor {
         let h = self.norm(x, &layer(i, "post_attention_layernorm.weight"));
         let w = self.weight(&layer(i, "mlp.gate_up.weight"));
         if self.recompute == Recompute::Cheap {
             // An op of its own can be computed again without the product.
             let gate_up = self.g.linear(h, w, Epilogue::default());
-            return self.cheap(|b| b.g.swiglu(gate_up));
+            return self.cheap(|b| b.g.gated(gate_up));
         }
-        self.g.linear(h, w, Epilogue { activation: Activation::SwiGlu, ..Default::default() })
+        self.g.gated_linear(h, w)
     }
 
     /// Mean cross entropy of the positions that carry one.

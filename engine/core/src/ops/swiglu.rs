@@ -57,7 +57,7 @@ pub(super) fn swiglu_row<T: Real>(x: &[T], y: &mut [T]) {
 
 /// One row of the gradient of SwiGLU.
 #[inline(always)]
-fn swiglu_bwd_row<T: Real>(x: &[T], dy: &[T], dx: &mut [T]) {
+pub(super) fn swiglu_bwd_row<T: Real>(x: &[T], dy: &[T], dx: &mut [T]) {
     let (dxs, rest) = dx.as_chunks_mut::<PAIRS>();
     let whole = dxs.len() * LANES;
     for ((dx, x), dy) in dxs.iter_mut().zip(x.as_chunks::<PAIRS>().0).zip(dy.as_chunks::<LANES>().0) {
@@ -141,6 +141,12 @@ fn elements(pass: &str, ins: &[Spec], count: usize, lot: u32, on: &Target) -> Re
     let operands = (0..ins.len()).map(Arg::input);
     let args = [Arg::output(0)].into_iter().chain(operands).chain([Arg::U32(count)]).collect();
     Ok(lots::single(lots::over(entry, count, lot, on, args)))
+}
+
+/// The gradient `to` of `from` from that of the result, bf16 wherever they lie.
+pub(super) fn gradient(to: Arg, from: Arg, dy: Arg, pairs: usize, on: &Target) -> Result<Launch, String> {
+    let (count, lot) = (size(pairs)?, lots::lot(&[DType::Bf16]) / 2);
+    Ok(lots::over("swiglu_bwd_bf16".into(), count, lot, on, vec![to, from, dy, Arg::U32(count)]))
 }
 
 impl Op for SwiGluBwd {

@@ -2,6 +2,7 @@
 use super::super::prelude::*;
 use super::{Activation, Linear};
 use crate::launch::Geometry;
+use crate::ops::swiglu;
 
 /// The part of a product that one block makes, and what is known of the kernels that make it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -419,6 +420,26 @@ pub(super) fn backward_input(ins: &[Spec], on: &Target) -> Result<Kernels, Strin
     Ok(Kernels { scratch: vec![], launches: input_gradient(dx, dy, w, Extents { n, k, m }, on)? })
 }
 
+/// The gradient of what SwiGLU made the left factor of.
+pub(super) fn backward_gated(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
+    check(ins, &[k, m])?;
+    let [to, dy, w, pre] = [Arg::output(0), Arg::input(0), Arg::input(1), Arg::input(2)];
+    let product = Product::new(n, k, m)?;
+    let (tile, _) = product.choose(&TILES, 1, on)?;
+    if tile.maps {
+        // No kernel of Hopper's gates what it multiplied: a pass of its own does.
+        let mut launches = input_gradient(Arg::scratch(0), dy, w, Extents { n, k, m }, on)?;
+        launches.push(swiglu::gradient(to, pre, Arg::scratch(0), n * k, on)?);
+        return Ok(Kernels { scratch: vec![n * k * 2], launches });
+    }
+    let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
+    let args = [to, dy, w, pre].into_iter().chain(sizes).collect();
+    let entry = format!("linear_dx_swiglu_{}_bf16", tile.name);
+    let launch = Launch::kernel(entry, product.grid(tile, 1, on), tile.threads, tile.shared, args);
+    Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
+}
+
 pub(super) fn backward_weight(
     ins: &[Spec],
     outs: &[Spec],
@@ -456,6 +477,7 @@ mod tests {
         activation: Activation::None,
         residual: false,
         precision: crate::cpu::Precision::F32,
+        pre: None,
     };
 
     #[test]
@@ -511,6 +533,16 @@ mod tests {
             })
             .collect();
         assert_eq!(boxes, [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 32])]);
+    }
+
+    #[test]
+    fn what_is_gated_takes_no_pass_of_its_own() {
+        let ins = [spec([8192, 2048]), spec([2048, 5504]), spec([8192, 11_008])];
+        let k = backward_gated(&ins, &Target::A100).unwrap();
+        assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_128x256_bf16"));
+        let k = backward_gated(&ins, &Target::H200).unwrap();
+        let entries: Vec<_> = launches(&k).iter().map(|(entry, _)| *entry).collect();
+        assert_eq!(entries, ["linear_dx_wgmma_128x256_bf16", "swiglu_bwd_bf16"]);
     }
 
     #[test]
