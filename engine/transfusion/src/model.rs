@@ -13,7 +13,9 @@ use transfusion_core::{
     Result,
     graph::Graph,
     op::Kind,
-    ops::{Activation, AdamW, AdamWStates, Epilogue, Noise, Repeat, Rotary, SamplerInputs, SamplerStep},
+    ops::{
+        Activation, AdamW, AdamWStates, Epilogue, Factor, Noise, Repeat, Rotary, SamplerInputs, SamplerStep,
+    },
     tensor::{DType, Shape, Tensor},
 };
 
@@ -269,12 +271,10 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let dtype = c.dtype();
     let schedule = g.input("schedule", [3], DType::F32);
     let all = weights(c);
-    let mut sum = g.fill(0.0, [1], DType::F32);
+    let none = g.fill(0.0, [1], DType::F32);
     let gradients = options.gradients.dtype();
-    for w in &all {
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
-        sum = g.sum_squares_into(sum, grad);
-    }
+    let grads: Vec<Tensor> = all.iter().map(|w| g.state(Kind::Grad, &w.name, w.shape(), gradients)).collect();
+    let sum = g.sum_squares_into(none, &grads);
     let [norm, scale] = g.clip(sum, options.max_norm);
     g.output("grad_norm", norm);
     let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
@@ -476,9 +476,9 @@ impl<'c> Builder<'c> {
     /// The transformer, from embedded rows `[N, C]` to normalised ones.
     fn trunk(&mut self, mut x: Tensor, place: &Place) -> Tensor {
         for i in 0..self.config.num_hidden_layers {
-            let [gated, residual] = self.again(Recompute::Blocks, |b| {
+            let (gated, residual) = self.again(Recompute::Blocks, |b| {
                 let x = b.attention_block(i, x, place);
-                [b.gated(i, x), x]
+                (b.gated(i, x), x)
             });
             let w = self.weight(&layer(i, "mlp.down_proj.weight"));
             x = self.g.linear(gated, w, Epilogue { residual: Some(residual), ..Default::default() });
@@ -540,15 +540,15 @@ impl<'c> Builder<'c> {
     }
 
     /// The feed-forward network up to what its last product reads: `[N, C]` to `[N, F]`.
-    fn gated(&mut self, i: usize, x: Tensor) -> Tensor {
+    fn gated(&mut self, i: usize, x: Tensor) -> Factor {
         let h = self.norm(x, &layer(i, "post_attention_layernorm.weight"));
         let w = self.weight(&layer(i, "mlp.gate_up.weight"));
         if self.recompute == Recompute::Cheap {
             // An op of its own can be computed again without the product.
             let gate_up = self.g.linear(h, w, Epilogue::default());
-            return self.cheap(|b| b.g.swiglu(gate_up));
+            return self.cheap(|b| b.g.gated(gate_up));
         }
-        self.g.linear(h, w, Epilogue { activation: Activation::SwiGlu, ..Default::default() })
+        self.g.gated_linear(h, w)
     }
 
     /// Mean cross entropy of the positions that carry one.

@@ -6,7 +6,7 @@ use super::{
     add::column_sum,
     prelude::*,
     rope::{Rope, RopeBwd},
-    swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_row},
+    swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_bwd_row, swiglu_row},
 };
 use crate::{
     agreement::{self, Application},
@@ -52,6 +52,27 @@ pub struct Epilogue {
     pub rotary: Option<Rotary>,
 }
 
+/// The left factor of a product: a tensor, or SwiGLU of one, which the gradient then reaches without that of the
+/// factor being stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Factor {
+    x: Tensor,
+    pre: Option<Tensor>,
+}
+
+impl Factor {
+    /// The factor itself.
+    pub fn tensor(self) -> Tensor {
+        self.x
+    }
+}
+
+impl From<Tensor> for Factor {
+    fn from(x: Tensor) -> Factor {
+        Factor { x, pre: None }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Linear {
     bias: bool,
@@ -59,12 +80,15 @@ struct Linear {
     residual: bool,
     rotary: Option<Rope>,
     precision: Precision,
+    /// What the left factor is SwiGLU of.
+    pre: Option<Tensor>,
 }
 
-/// `dx = dy w`.
+/// `dx = dy w`; or, where x is SwiGLU of `pre`, the gradient of that.
 #[derive(Debug)]
 struct LinearDx {
     precision: Precision,
+    gated: bool,
 }
 
 /// `dw = dy^T x`, added to an accumulator where there is one.
@@ -78,16 +102,34 @@ impl Graph {
     /// `x [N, K]` times the transpose of `w [M, K]`, and what follows it: `[N, M]`, or `[N, M / 2]`
     /// after SwiGLU.
     #[track_caller]
-    pub fn linear(&mut self, x: Tensor, w: Tensor, e: Epilogue) -> Tensor {
+    pub fn linear(&mut self, x: impl Into<Factor>, w: Tensor, e: Epilogue) -> Tensor {
+        self.linear_and_pre(x.into(), w, e)[0]
+    }
+
+    /// SwiGLU of `pre [N, 2F]` as the factor of a product.
+    #[track_caller]
+    pub fn gated(&mut self, pre: Tensor) -> Factor {
+        Factor { x: self.swiglu(pre), pre: Some(pre) }
+    }
+
+    /// The same of `x [N, K]` times the transpose of `w [2F, K]`.
+    #[track_caller]
+    pub fn gated_linear(&mut self, x: Tensor, w: Tensor) -> Factor {
+        let e = Epilogue { activation: Activation::SwiGlu, ..Default::default() };
+        let [x, pre] = self.linear_and_pre(x.into(), w, e);
+        Factor { x, pre: Some(pre) }
+    }
+
+    /// The result, and the product before the activation where there is one.
+    #[track_caller]
+    fn linear_and_pre(&mut self, Factor { x, pre }: Factor, w: Tensor, e: Epilogue) -> [Tensor; 2] {
         let (bias, residual) = (e.bias.is_some(), e.residual.is_some());
         let rotary = e.rotary.map(|r| Rope { heads: r.heads, theta: r.theta });
-        let op = Linear { bias, activation: e.activation, residual, rotary, precision: self.precision };
+        let (activation, precision) = (e.activation, self.precision);
+        let op = Linear { bias, activation, residual, rotary, precision, pre };
         let positions = e.rotary.map(|r| r.positions);
         let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).chain(positions).collect();
-        match e.activation {
-            Activation::None => self.push::<1>(op, &ins)[0],
-            _ => self.push::<2>(op, &ins)[0],
-        }
+        self.push(op, &ins)
     }
 }
 
@@ -232,31 +274,47 @@ impl Op for Linear {
     }
 
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
-        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); n.ins.len()]) };
+        let stop = Grad::Stop("no gradient arrived");
         let (x, w) = (n.ins[0], n.ins[1]);
-        let dpre = match self.activation {
+        let of_result = d[0].map(|dy| match self.activation {
             Activation::None => match self.rotary_at() {
                 Some((rope, at)) => g.push::<1>(RopeBwd(rope), &[dy, n.ins[at]])[0],
                 None => dy,
             },
             Activation::Silu => g.push::<1>(SiluBwd, &[n.outs[1], dy])[0],
             Activation::SwiGlu => g.push::<1>(SwiGluBwd, &[n.outs[1], dy])[0],
+        });
+        // A product whose factor this result is gives its gradient to what was activated.
+        let dpre = match (of_result, d.get(1).copied().flatten()) {
+            (Some(a), Some(b)) => g.add(a, b),
+            (one, other) => match one.or(other) {
+                Some(dpre) => dpre,
+                None => return Ok(vec![stop; n.ins.len()]),
+            },
         };
         let precision = self.precision;
-        let [dx] = g.push(LinearDx { precision }, &[dpre, w]);
+        // The weight's comes first, so that dx may lie where x did.
         let dw = match g.accumulator(w) {
             Some(sum) => {
                 Grad::Into(g.push::<1>(LinearDw { accumulate: true, precision }, &[dpre, x, sum])[0])
             }
             None => Grad::To(g.push::<1>(LinearDw { accumulate: false, precision }, &[dpre, x])[0]),
         };
-        let mut grads = vec![Grad::To(dx), dw];
+        let dx = match self.pre {
+            None => Grad::To(g.push::<1>(LinearDx { precision, gated: false }, &[dpre, w])[0]),
+            Some(pre) => {
+                let [d] = g.push(LinearDx { precision, gated: true }, &[dpre, w, pre]);
+                g.arrive(pre, d);
+                Grad::Stop("it goes to what SwiGLU made it of")
+            }
+        };
+        let mut grads = vec![dx, dw];
         if self.bias {
             let db = column_sum(g, dpre, n.ins[2]);
             grads.push(g.give(n.ins[2], db));
         }
         if self.residual {
-            grads.push(Grad::To(dy));
+            grads.push(d[0].map_or(stop, Grad::To));
         }
         if self.rotary.is_some() {
             grads.push(Grad::Integer);
@@ -271,24 +329,63 @@ impl Op for LinearDx {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let [dy, w] = operands(ins)?;
-        Ok(vec![Spec::new(dy.shape.with_last(w.shape.last()), dy.dtype)])
+        let (dy, w) = (ins[0], ins[1]);
+        let dx = Spec::new(dy.shape.with_last(w.shape.last()), dy.dtype);
+        if !self.gated {
+            return Ok(vec![dx]);
+        }
+        let pre = ins[2];
+        if pre != Spec::new(dx.shape.with_last(2 * dx.shape.last()), dx.dtype) {
+            return Err(format!("{dx:?} is no gradient of SwiGLU of {pre:?}"));
+        }
+        Ok(vec![pre])
     }
 
     fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
-        product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads)
+        let (rows, width) = (ins[0].shape.rows(), ins[1].shape.last());
+        let product = product_space(rows, true, ins[0].dtype, self.precision, threads);
+        let gated = self.gated.then(|| rows * width * ins[0].dtype.accumulator().size());
+        product.into_iter().chain(gated).collect()
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
             let (dy, w) = (Mat::new(T::read(&ins[0]), n, m), Mat::new(T::read(&ins[1]), m, k));
-            matmul(T::write(&mut outs[0]), dy, w, false, self.precision, cpu);
+            let to = T::write(&mut outs[0]);
+            if !self.gated {
+                return matmul(to, dy, w, false, self.precision, cpu);
+            }
+            let pre = T::read(&ins[2]);
+            cpu.scratch(n * k, |dx: &mut [T]| {
+                matmul(dx, dy, w, false, self.precision, cpu);
+                let chunk = chunk_rows(2);
+                let rows = to.par_chunks_mut(2 * chunk).zip(pre.par_chunks(2 * chunk)).zip(dx.par_chunks(chunk));
+                rows.for_each(|((to, pre), dx)| simd!(swiglu_bwd_row(pre, dx, to)));
+            });
         });
     }
 
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        if !self.gated {
+            return None;
+        }
+        let apply = |op: Arc<dyn Op>, specs: &[Spec], ins: Vec<Host>| {
+            let alone = Application { op, specs: specs.into(), ins };
+            alone.run(&mut agreement::cpu(1).ok()?).ok()?.pop()
+        };
+        let product = LinearDx { gated: false, ..*self };
+        let stored = product.infer(&specs[..2]).ok()?;
+        let dx = apply(Arc::new(product), &specs[..2], ins[..2].to_vec())?;
+        let (pre, d) = (specs[2], ins[2].clone());
+        Some(vec![apply(Arc::new(SwiGluBwd), &[pre, stored[0]], vec![d, dx])?])
+    }
+
     fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::backward_input(ins, on)
+        match self.gated {
+            true => kernels::backward_gated(ins, on),
+            false => kernels::backward_input(ins, on),
+        }
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
@@ -372,7 +469,28 @@ pub(super) fn cases() -> Vec<Case> {
             vec![g.linear(x[0], x[1], e)]
         })
     };
+    // A product of what is gated, whose gradient goes to gate and up; and the network that it belongs to.
+    let gated = |n: usize, k: usize, m: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| {
+            let h = g.gated(x[0]);
+            vec![g.linear(h, x[1], Epilogue::default())]
+        };
+        Case::new("linear", format!("{n}x{k}x{m}, gated"), build).normal([n, 2 * k]).normal([m, k])
+    };
+    let network = |name: &str, twice: bool| {
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let h = g.gated_linear(x[0], x[1]);
+            let y = g.linear(h, x[2], Epilogue { residual: Some(x[0]), ..Default::default() });
+            if twice { vec![y, h.tensor()] } else { vec![y] }
+        };
+        Case::new("linear", name, build).normal([21, 8]).normal([48, 8]).normal([8, 24])
+    };
     let mut cases = vec![
+        gated(1, 1, 1),
+        gated(7, 13, 5),
+        gated(131, 29, 67),
+        network("feed-forward", false),
+        network("feed-forward whose middle is a result too", true),
         plain(1, 1, 1),
         plain(7, 13, 5),
         plain(131, 29, 67),
@@ -464,6 +582,7 @@ pub(super) fn cases() -> Vec<Case> {
     ];
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
+    cases.extend(products.map(|(n, k, m)| gated(n, k, m).large()));
     let narrow = products.into_iter().step_by(4);
     cases.extend(narrow.map(|(n, k, m)| plain(n, k, m).accumulating_in(DType::Bf16).large()));
     // Few rows, as in decoding: every number that has a kernel, and depths that wrap a warp's step.

@@ -448,6 +448,20 @@ pub(super) fn backward_input(ins: &[Spec], on: &Target) -> Result<Kernels, Strin
     Ok(Kernels { scratch: vec![], launches: input_gradient(dx, dy, w, Extents { n, k, m }, on)? })
 }
 
+/// The gradient of what SwiGLU made the left factor of.
+pub(super) fn backward_gated(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
+    check(ins, &[k, m])?;
+    let [to, dy, w, pre] = [Arg::output(0), Arg::input(0), Arg::input(1), Arg::input(2)];
+    let product = Product::new(n, k, m)?;
+    let (tile, _) = product.choose(&TILES, 1, on)?;
+    let factors = [product.left(&dy, true, tile), product.right(&w, false, tile)];
+    let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
+    let args = [to].into_iter().chain(factors).chain([pre]).chain(sizes).collect();
+    let launch = product.launch(format!("linear_dx_swiglu_{}_bf16", tile.name), tile, 1, args, on);
+    Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
+}
+
 pub(super) fn backward_weight(
     ins: &[Spec],
     outs: &[Spec],
@@ -490,6 +504,7 @@ mod tests {
         residual: false,
         rotary: None,
         precision: crate::cpu::Precision::F32,
+        pre: None,
     };
 
     #[test]
@@ -545,6 +560,15 @@ mod tests {
             })
             .collect();
         assert_eq!(boxes, [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 32])]);
+    }
+
+    #[test]
+    fn what_is_gated_takes_no_pass_of_its_own() {
+        let ins = [spec([8192, 2048]), spec([2048, 5504]), spec([8192, 11_008])];
+        let k = backward_gated(&ins, &Target::A100).unwrap();
+        assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_128x256_bf16"));
+        let k = backward_gated(&ins, &Target::H200).unwrap();
+        assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_wgmma_128x192_bf16"));
     }
 
     #[test]
