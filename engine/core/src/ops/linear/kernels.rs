@@ -568,7 +568,7 @@ mod tests {
         let k = backward_gated(&ins, &Target::A100).unwrap();
         assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_128x256_bf16"));
         let k = backward_gated(&ins, &Target::H200).unwrap();
-        assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_wgmma_128x192_bf16"));
+        assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_wgmma_128x256_bf16"));
     }
 
     #[test]
