@@ -2,6 +2,7 @@
 // their operands. The main loop is in common/product_wgmma.cuh.
 //   y[n,m] = act(sum_k x[n,k] w[m,k] + bias[m]) + residual[n,m]     (fwd; act: none, silu, SwiGLU over pairs)
 //   dx[n,k] = sum_m dy[n,m] w[m,k],   dw[m,k] (+)= sum_n dy[n,m] x[n,k]
+//   dpre[n,2k], dpre[n,2k+1] = dx[n,k] dSwiGLU(pre[n,2k], pre[n,2k+1])       (dx_swiglu: x[n,k] is SwiGLU of pre)
 //
 // Tiles of 128x256 are multiplied by two warpgroups together, those of 128x192 and 64x128 by one of them. Where dw has
 // fewer tiles than the machine has SMs, S parts of its depth N are summed apart, and `linear_dw_sum` adds them in order.
@@ -22,6 +23,9 @@
 // linear_dx_wgmma_128x256_bf16          <=T   384    0+217152  dx | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
 // linear_dx_wgmma_128x192_bf16          <=T   384    0+225376  dx | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
 // linear_dx_wgmma_64x128_bf16           <=T   384    0+217232  dx | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
+// linear_dx_swiglu_wgmma_128x256_bf16   <=T   384    0+217152  dpre | dy:map w:map pre | N M K |                                  2NM+2MK+8NK   2NMK
+// linear_dx_swiglu_wgmma_128x192_bf16   <=T   384    0+225376  dpre | dy:map w:map pre | N M K |                                  2NM+2MK+8NK   2NMK
+// linear_dx_swiglu_wgmma_64x128_bf16    <=T   384    0+217232  dpre | dy:map w:map pre | N M K |                                  2NM+2MK+8NK   2NMK
 // linear_dw_wgmma_128x256_bf16          <=T   384    0+217152  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+2MK   2NMK
 // linear_dw_wgmma_128x192_bf16          <=T   384    0+225376  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+2MK   2NMK
 // linear_dw_wgmma_64x128_bf16           <=T   384    0+217232  dw | dy:map x:map | N M K accumulate |                             2NM+2NK+2MK   2NMK
@@ -37,6 +41,7 @@
 //         a right one half of them; of a left factor across it 64 rows, of a right one 32. bias and residual are not read
 //         unless has_bias, has_residual say so.
 // Rounds  once, on store; pre too, before the activation; sums in f32, fixed order (deterministic).
+#include "common/gate.cuh"
 #include "common/product_wgmma.cuh"
 
 template <typename T, typename Activation>
@@ -46,10 +51,10 @@ INLINE void forward(const Activation& out, const TensorMap& x, const TensorMap& 
     });
 }
 
-template <typename T>
-INLINE void backward_input(bf16* dx, const TensorMap& dy, const TensorMap& w, u32 rows, u32 columns, u32 depth) {
-    product<T, true, false>(dy, w, rows, columns, depth, depth, [&](const Sums<T>& acc, const Place& at) {
-        finish<T>(acc, at, rows, columns, Store{dx, columns});
+template <typename T, typename Out>
+INLINE void backward_input(const Out& out, const TensorMap& dy, const TensorMap& w, u32 rows, u32 depth) {
+    product<T, true, false>(dy, w, rows, out.columns, depth, depth, [&](const Sums<T>& acc, const Place& at) {
+        finish<T>(acc, at, rows, out.columns, out);
     });
 }
 
@@ -135,19 +140,37 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
     linear_dx_wgmma_128x256_bf16(bf16* dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         u32 rows, u32 depth, u32 columns) {
-    backward_input<Together>(dx, dy, w, rows, columns, depth);
+    backward_input<Together>(Store{dx, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
     linear_dx_wgmma_128x192_bf16(bf16* dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         u32 rows, u32 depth, u32 columns) {
-    backward_input<Apart>(dx, dy, w, rows, columns, depth);
+    backward_input<Apart>(Store{dx, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
     linear_dx_wgmma_64x128_bf16(bf16* dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         u32 rows, u32 depth, u32 columns) {
-    backward_input<Few>(dx, dy, w, rows, columns, depth);
+    backward_input<Few>(Store{dx, columns}, dy, w, rows, depth);
+}
+
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
+    linear_dx_swiglu_wgmma_128x256_bf16(bf16* dpre, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
+        const bf16* pre, u32 rows, u32 depth, u32 columns) {
+    backward_input<Together>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
+}
+
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
+    linear_dx_swiglu_wgmma_128x192_bf16(bf16* dpre, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
+        const bf16* pre, u32 rows, u32 depth, u32 columns) {
+    backward_input<Apart>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
+}
+
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
+    linear_dx_swiglu_wgmma_64x128_bf16(bf16* dpre, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
+        const bf16* pre, u32 rows, u32 depth, u32 columns) {
+    backward_input<Few>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)

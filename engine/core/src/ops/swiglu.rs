@@ -143,12 +143,6 @@ fn elements(pass: &str, ins: &[Spec], count: usize, lot: u32, on: &Target) -> Re
     Ok(lots::single(lots::over(entry, count, lot, on, args)))
 }
 
-/// The gradient `to` of `from` from that of the result, bf16 wherever they lie.
-pub(super) fn gradient(to: Arg, from: Arg, dy: Arg, pairs: usize, on: &Target) -> Result<Launch, String> {
-    let (count, lot) = (size(pairs)?, lots::lot(&[DType::Bf16]) / 2);
-    Ok(lots::over("swiglu_bwd_bf16".into(), count, lot, on, vec![to, from, dy, Arg::U32(count)]))
-}
-
 impl Op for SwiGluBwd {
     fn name(&self) -> &'static str {
         "swiglu_bwd"
