@@ -8,11 +8,7 @@ use super::{
     rope::{Rope, RopeBwd},
     swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_bwd_row, swiglu_row},
 };
-use crate::{
-    agreement::{self, Application},
-    tensor::Host,
-};
-use std::sync::Arc;
+use crate::{agreement, tensor::Host};
 
 pub(super) mod kernels;
 
@@ -366,26 +362,8 @@ impl Op for LinearDx {
         });
     }
 
-    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        if !self.gated {
-            return None;
-        }
-        let apply = |op: Arc<dyn Op>, specs: &[Spec], ins: Vec<Host>| {
-            let alone = Application { op, specs: specs.into(), ins };
-            alone.run(&mut agreement::cpu(1).ok()?).ok()?.pop()
-        };
-        let product = LinearDx { gated: false, ..*self };
-        let stored = product.infer(&specs[..2]).ok()?;
-        let dx = apply(Arc::new(product), &specs[..2], ins[..2].to_vec())?;
-        let (pre, d) = (specs[2], ins[2].clone());
-        Some(vec![apply(Arc::new(SwiGluBwd), &[pre, stored[0]], vec![d, dx])?])
-    }
-
     fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
-        match self.gated {
-            true => kernels::backward_gated(ins, on),
-            false => kernels::backward_input(ins, on),
-        }
+        kernels::backward_input(ins, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {

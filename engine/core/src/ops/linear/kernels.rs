@@ -378,13 +378,25 @@ pub(in crate::ops) fn input_gradient(
     e: Extents,
     on: &Target,
 ) -> Result<Vec<Launch>, String> {
+    input_or_gate_gradient(dx, dy, w, None, e, on)
+}
+
+/// The same; or of what SwiGLU made `x` of, from that.
+fn input_or_gate_gradient(
+    to: Arg,
+    dy: Arg,
+    w: Arg,
+    pre: Option<Arg>,
+    e: Extents,
+    on: &Target,
+) -> Result<Vec<Launch>, String> {
     let product = Product::new(e.n, e.k, e.m)?;
     let (tile, _) = product.choose(&TILES, 1, on)?;
+    let variant = if pre.is_some() { "swiglu_" } else { "" };
     let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
     let factors = [product.left(&dy, true, tile), product.right(&w, false, tile)];
-    let args = [dx].into_iter().chain(factors).chain(sizes).collect();
-    let entry = format!("linear_dx_{}_bf16", tile.name);
-    let launch = product.launch(entry, tile, 1, args, on);
+    let args = [to].into_iter().chain(factors).chain(pre).chain(sizes).collect();
+    let launch = product.launch(format!("linear_dx_{variant}{}_bf16", tile.name), tile, 1, args, on);
     Ok(product.launches(vec![launch]))
 }
 
@@ -444,22 +456,10 @@ pub(in crate::ops) fn sum_parts(dw: &WeightGradient, count: usize, parts: u32) -
 pub(super) fn backward_input(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
     let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
     check(ins, &[k, m])?;
-    let [dx, dy, w] = [Arg::output(0), Arg::input(0), Arg::input(1)];
-    Ok(Kernels { scratch: vec![], launches: input_gradient(dx, dy, w, Extents { n, k, m }, on)? })
-}
-
-/// The gradient of what SwiGLU made the left factor of.
-pub(super) fn backward_gated(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
-    let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
-    check(ins, &[k, m])?;
-    let [to, dy, w, pre] = [Arg::output(0), Arg::input(0), Arg::input(1), Arg::input(2)];
-    let product = Product::new(n, k, m)?;
-    let (tile, _) = product.choose(&TILES, 1, on)?;
-    let factors = [product.left(&dy, true, tile), product.right(&w, false, tile)];
-    let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
-    let args = [to].into_iter().chain(factors).chain([pre]).chain(sizes).collect();
-    let launch = product.launch(format!("linear_dx_swiglu_{}_bf16", tile.name), tile, 1, args, on);
-    Ok(Kernels { scratch: vec![], launches: product.launches(vec![launch]) })
+    let [to, dy, w] = [Arg::output(0), Arg::input(0), Arg::input(1)];
+    let pre = ins.get(2).map(|_| Arg::input(2));
+    let launches = input_or_gate_gradient(to, dy, w, pre, Extents { n, k, m }, on)?;
+    Ok(Kernels { scratch: vec![], launches })
 }
 
 pub(super) fn backward_weight(
@@ -565,10 +565,13 @@ mod tests {
     #[test]
     fn what_is_gated_takes_no_pass_of_its_own() {
         let ins = [spec([8192, 2048]), spec([2048, 5504]), spec([8192, 11_008])];
-        let k = backward_gated(&ins, &Target::A100).unwrap();
-        assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_128x256_bf16"));
-        let k = backward_gated(&ins, &Target::H200).unwrap();
-        assert_eq!((k.scratch.len(), launches(&k)[0].0), (0, "linear_dx_swiglu_wgmma_128x256_bf16"));
+        for (on, entry) in [
+            (Target::A100, "linear_dx_swiglu_128x256_bf16"),
+            (Target::H200, "linear_dx_swiglu_wgmma_128x256_bf16"),
+        ] {
+            let k = backward_input(&ins, &on).unwrap();
+            assert_eq!((k.scratch.len(), k.launches.len(), launches(&k)[0].0), (0, 1, entry));
+        }
     }
 
     #[test]
