@@ -5,8 +5,9 @@
 // A block has 128 queries of a head. One warp copies tiles of 128 keys and of their values into two rings of stages,
 // from the last key that a query sees to the first, so that nothing behind it is read; two warpgroups have 64 queries
 // each. Their scores of the next tile are under way while the weights of the last one multiply its values, and the
-// softmax of the next runs beside that product. p never leaves the registers. A warpgroup passes over tiles of which
-// none of its queries sees anything, and compares only in those that not all of them see whole.
+// softmax of the next runs beside that product. They take turns to begin products, tile by tile, so that one has the
+// tensor cores while the other takes exponentials (3.1 there: ping-pong). p never leaves the registers. A warpgroup
+// passes over tiles of which none of its queries sees anything, and compares only in those that not all of them see whole.
 //
 // What is hidden changes no bit, as in attention.cu: where a result is not finite, both warpgroups begin again,
 // careful, tile by tile, with what is not finite taken out of values and given to those who see it.
@@ -98,9 +99,17 @@ struct Rows64 {
     INLINE int key(int t) const { return all.end - (t + 1) * KEYS; }
     INLINE bool meets(int t) const { return own.meets(key(t), key(t) + KEYS); }
 
-    INLINE void begin_scores(Scores& s) const {
-        rings.keys.wait();
-        begin_dots<D, QUERIES, KEYS>(s, queries, rings.keys.tile());
+    INLINE void begin_scores(Scores& s) const { begin_dots<D, QUERIES, KEYS>(s, queries, rings.keys.tile()); }
+
+    // Both warpgroups have a turn at every tile, the first warpgroup before the second: so the second calls it at the
+    // beginning, and it takes the call of the second's last turn at the end.
+    INLINE static void take_turn() { meet<MULTIPLIERS>(TURN - 1 + threadIdx.x / 128); }
+    INLINE static void end_turn() { come<MULTIPLIERS>(TURN + 2 - threadIdx.x / 128); }
+    INLINE void pass_over() {
+        take_turn();
+        end_turn();
+        rings.keys.pass();
+        rings.values.pass();
     }
 
     INLINE void weigh(Scores& s, Softmax<1>& softmax, float (&shrink)[1][2], int t) const {
@@ -111,21 +120,28 @@ struct Rows64 {
     // All tiles, the products of one beside the softmax of the next.
     INLINE void attend(Sums& o, Softmax<1>& softmax) {
         const int tiles = all.tiles(KEYS);
+        if (threadIdx.x >= 256) end_turn();
         int t = 0;
-        for (; t < tiles && !meets(t); t++) rings.keys.pass(), rings.values.pass();
+        for (; t < tiles && !meets(t); t++) pass_over();
         if (t < tiles) {
             Scores s;
             Factor<KEYS> p;
             float shrink[1][2];
+            rings.keys.wait();
+            take_turn();
             begin_scores(s);
+            end_turn();
             wait_products<0>();
             rings.keys.release();
             weigh(s, softmax, shrink, t);
             as_factors<KEYS>(p, s);
             for (t++; t < tiles && meets(t); t++) {
-                begin_scores(s);
+                rings.keys.wait();
                 rings.values.wait();
+                take_turn();
+                begin_scores(s);
                 begin_sums<D, KEYS>(o, p, rings.values.tile());
+                end_turn();
                 wait_products<1>();
                 rings.keys.release();
                 weigh(s, softmax, shrink, t);
@@ -139,7 +155,8 @@ struct Rows64 {
             wait_products<0>();
             rings.values.release();
         }
-        for (; t < tiles; t++) rings.keys.pass(), rings.values.pass();
+        for (; t < tiles; t++) pass_over();
+        if (threadIdx.x < 256) take_turn();
     }
 
     // The same numbers in the same order, one after the other, from values that are finite where not all queries of
@@ -150,6 +167,7 @@ struct Rows64 {
             if (meets(t)) {
                 Scores s;
                 float shrink[1][2];
+                rings.keys.wait();
                 begin_scores(s);
                 wait_products<0>();
                 weigh(s, softmax, shrink, t);

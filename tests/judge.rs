@@ -28,15 +28,21 @@ const TARGETS: [Target; 3] = [
     Target { name: "two SMs", sms: 2, ..Target::A100 },
 ];
 
-/// The same for kernels of Hopper. On two SMs blocks walk over many tiles with one ring of stages; eight split a depth.
-const HOPPERS: [Target; 3] = [
+/// The same for kernels of Hopper. On two SMs blocks walk over many tiles with one ring of stages; eight split a depth. Too
+/// little shared memory leaves the gradient of attention to two passes, for heads of 64 or of 128.
+const HOPPERS: [Target; 5] = [
     Target { name: "two SMs", sms: 2, ..Target::H200 },
     Target { name: "eight SMs", sms: 8, ..Target::H200 },
     Target::H200,
+    Target { name: "155 KB", shared: 155 << 10, ..Target::H200 },
+    Target { name: "199 KB", shared: 199 << 10, ..Target::H200 },
 ];
 
 /// Host threads of a schedule, by position.
 const THREADS: [usize; 4] = [1, 3, 2, 1];
+
+/// Blocks that run at the same time on each of them.
+const TOGETHER: [usize; 4] = [1, 1, 2, 3];
 
 /// Warp instructions without effect after which a launch counts as stuck.
 const PATIENCE: u64 = 1_000_000;
@@ -98,6 +104,7 @@ pub fn simulator(target: Target, schedule: usize, kernels: &[Module]) -> SimDevi
     let simulation = Options {
         schedule: Schedule::SEVERAL[schedule],
         threads: THREADS[schedule],
+        together: TOGETHER[schedule],
         patience: PATIENCE,
         limit: LIMIT,
         traffic: false,

@@ -96,6 +96,50 @@ INLINE void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
                  : "memory");
 }
 
+// Begins to copy so many bytes, a multiple of 16 that lie at one, from shared memory.   9.7.9.25.4.1 cp.async.bulk
+INLINE void store_bytes(void* to, u32 from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(from), "r"(bytes)
+                 : "memory");
+}
+
+// Four floats to shared memory as they are: sums of products must not be moved before they are awaited.
+// 9.7.9.11 st.shared
+INLINE void store_shared(u32 to, const float (&v)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+}
+
+// Begins to add so many bytes of floats.   9.7.9.25.4.2 cp.reduce.async.bulk
+INLINE void add_floats(float* to, u32 from, u32 bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                     __cvta_generic_to_global(to)),
+                 "r"(from), "r"(bytes)
+                 : "memory");
+}
+
+// Closes the group of copies to global memory begun by this thread since the last call.
+// 9.7.9.27.2.1 cp.async.bulk.commit_group
+INLINE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until this thread's copies have read shared memory, or are done.   9.7.9.27.2.2 cp.async.bulk.wait_group
+INLINE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+INLINE void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Sees what other blocks did before they added to a word.   9.7.9.8 ld.acquire, 9.7.13.6 red.release
+INLINE u32 load_acquire(const u32* from) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(from)) : "memory");
+    return v;
+}
+
+INLINE void add_release(u32* to, u32 x) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(x) : "memory");
+}
+
+// Shows what this thread knows of global memory to its copies.   9.7.13.4 fence.proxy.async
+INLINE void fence_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Shows what this thread has written to shared memory to products and copies.   9.7.13.4 fence.proxy.async
 INLINE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -103,6 +147,18 @@ INLINE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "
 template <int BARRIER, int THREADS>
 INLINE void meet() {
     asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
+}
+
+// The same of a barrier that is told at run time.
+template <int THREADS>
+INLINE void meet(u32 barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
+// Counts among those for whom the barrier waits, and goes on.   9.7.13.1 bar.arrive
+template <int THREADS>
+INLINE void come(u32 barrier) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
 // Gives registers back, or takes them: a thread has `COUNT` then. All warps of a warpgroup call it.

@@ -6,8 +6,8 @@
 
 // Threads of those who multiply, and with them the warp that copies.
 constexpr int MULTIPLIERS = 256, ALL = MULTIPLIERS + 32;
-// Their barriers.
-constexpr int CLEANING = 1, VERDICT = 2;
+// Their barriers; from TURN on one for each warpgroup.
+constexpr int CLEANING = 1, VERDICT = 2, TURN = 3;
 
 // A tile in shared memory is cut into slabs of 64 elements of every row, under the swizzle of 128 bytes: what a tensor
 // map of such boxes brings, and products read.

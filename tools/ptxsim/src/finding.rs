@@ -31,7 +31,7 @@ pub enum FindingKind {
     WgmmaFence,
     /// Misuse of an mbarrier: not initialised, too many arrivals, overwritten.
     Mbarrier,
-    /// Blocks of one launch that write the same global bytes, or read what another wrote.
+    /// Blocks of one launch that write the same global bytes, or read what another wrote, and have not learnt of it.
     Conflict,
     /// An operand that the hardware defines no result for: a bad descriptor, barrier or box.
     Operand,

@@ -188,11 +188,15 @@ pub struct Options {
     pub traffic: bool,
     /// Host threads that share the blocks of a launch. With more than one, the order of float atomics varies.
     pub threads: usize,
+    /// Clusters that run at the same time on each host thread and take turns: from the first ones in the order of the
+    /// schedule, so many until all are done, then the next.
+    pub together: usize,
     /// Findings to keep, counted by kind and line; further ones only count.
     pub max_findings: usize,
     /// Shared memory that a block may have, in bytes.
     pub shared_limit: u32,
-    /// Warp instructions of a cluster without any store, arrival or exit after which it counts as stuck.
+    /// Warp instructions of clusters that run together without any store, arrival or exit, there or on other host
+    /// threads, after which they count as stuck.
     pub patience: u64,
     /// Warp instructions of clusters that run together after which they are given up, whatever they do.
     pub limit: u64,
@@ -205,6 +209,7 @@ impl Default for Options {
             checks: Checks::all(),
             traffic: true,
             threads: 1,
+            together: 1,
             max_findings: 100,
             shared_limit: 227 * 1024,
             patience: 20_000_000,

@@ -69,7 +69,7 @@ use counters::Tally;
 use exec::team::{Random, Team, run_teams};
 use run::Run;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What a simulation brought to light.
 #[derive(Clone, Debug)]
@@ -103,39 +103,34 @@ fn run_grid(run: &Run<'_>, cooperative: bool) -> Tally {
     let size: u32 = run.cluster.iter().product();
     let clusters = run.grid.iter().product::<u32>() / size;
     let order = grid_order(run, clusters);
+    let together = if cooperative { order.len() } else { run.options.together.clamp(1, order.len()) };
+    let lots: Vec<&[u32]> = order.chunks(together).collect();
     let total = Mutex::new(Tally::new(run.kernel));
-    let next = AtomicU32::new(0);
+    let next = AtomicUsize::new(0);
     let work = || {
         let mut tally = Tally::new(run.kernel);
         let mut random = Random(run.seed().unwrap_or(0));
-        if cooperative {
-            let mut teams: Vec<Team> = order.iter().map(|_| Team::new(run)).collect();
-            teams.iter_mut().zip(&order).for_each(|(team, at)| team.start(run, *at));
-            run_teams(run, &mut tally, &mut teams, &mut random);
-        } else {
-            let mut team = [Team::new(run)];
-            while let Some(at) = order.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-                if team[0].is_worn() {
-                    team = [Team::new(run)];
+        let mut teams: Vec<Team> = (0..together).map(|_| Team::new(run)).collect();
+        while let Some(here) = lots.get(next.fetch_add(1, Ordering::Relaxed)) {
+            for (team, at) in teams.iter_mut().zip(*here) {
+                if team.is_worn() {
+                    *team = Team::new(run);
                 }
-                team[0].start(run, *at);
-                run_teams(run, &mut tally, &mut team, &mut random);
+                team.start(run, *at);
             }
+            run_teams(run, &mut tally, &mut teams[..here.len()], &mut random);
         }
+        run.standstill.leave();
         total.lock().unwrap_or_else(|e| e.into_inner()).add(&tally);
     };
-    let threads = options_threads(run, cooperative, clusters);
+    let threads = run.options.threads.clamp(1, lots.len());
+    run.standstill.enter(threads);
     if threads <= 1 {
         work();
     } else {
         std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
     }
     total.into_inner().unwrap_or_else(|e| e.into_inner())
-}
-
-/// Host threads that are of use.
-fn options_threads(run: &Run<'_>, cooperative: bool, clusters: u32) -> usize {
-    if cooperative { 1 } else { run.options.threads.clamp(1, clusters as usize) }
 }
 
 /// The order in which clusters start.

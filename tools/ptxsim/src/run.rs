@@ -3,12 +3,14 @@
 
 use crate::error::LaunchError;
 use crate::exec::lane::{LANES, Row};
+use crate::exec::order::{Seen, Words};
 use crate::finding::{Checks, Finding, FindingKind, Place};
 use crate::kernel::Kernel;
 use crate::launch::{Access, Argument, Format, Launch, Options, Order, Swizzle, TensorMap, Window};
 use crate::memory::Memory;
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Addresses are `slot << 32 | offset`. These slots are fixed; windows follow, each with an empty slot after it,
 /// so that an overshoot of up to 4 GiB either way meets no other window.
@@ -32,6 +34,8 @@ pub(crate) struct Slot {
     /// Which cluster wrote each 2-byte granule in this launch, or null if nobody looks; `parity` is the place of
     /// the window's first byte in its granule.
     owners: *mut u32,
+    /// In which epoch of that cluster.
+    epochs: *mut u32,
     parity: u32,
     name: String,
 }
@@ -42,35 +46,120 @@ pub(crate) struct Bytes {
     pub(crate) data: *mut u8,
     pub(crate) written: *mut u8,
     owners: *mut u32,
+    epochs: *mut u32,
     /// Offset of the first byte in its granule.
     parity: u32,
 }
 
 impl Bytes {
-    /// Records an access of `size` bytes by a cluster. Returns whether it meets a write of another cluster.
+    /// Whether somebody looks who writes them.
     #[inline(always)]
-    pub(crate) fn meets_other(&self, size: u32, cluster: u32, write: bool, atomic: bool) -> bool {
-        if self.owners.is_null() {
-            return false;
-        }
-        let granules = (self.parity + size).div_ceil(2) as usize;
-        let tag = (cluster + 1) << 1 | u32::from(atomic);
+    pub(crate) fn is_owned(&self) -> bool {
+        !self.owners.is_null()
+    }
+
+    fn granules(&self, size: u32) -> usize {
+        (self.parity + size).div_ceil(2) as usize
+    }
+
+    /// Whether a write of another cluster stands in `size` owned bytes. Atomics do not meet atomics.
+    #[inline(always)]
+    pub(crate) fn meets_other(&self, size: u32, cluster: u32, atomic: bool) -> bool {
         // SAFETY: there is an owner for each granule of a window, and these bytes were admitted.
-        let owners = unsafe { std::slice::from_raw_parts_mut(self.owners, granules) };
-        let another = |owner: &u32| {
-            let both_atomic = atomic & (owner & 1 != 0);
-            u32::from((*owner != 0) & (owner >> 1 != cluster + 1) & !both_atomic)
-        };
+        let owners = unsafe { std::slice::from_raw_parts(self.owners, self.granules(size)) };
+        let another = |owner: &u32| u32::from(is_another(*owner, cluster, atomic));
         // By a vector's worth, since most accesses have so many.
         let (vectors, rest) = owners.as_chunks::<8>();
         let mut met = rest.iter().fold(0, |met, owner| met | another(owner));
         for vector in vectors {
             met |= vector.iter().fold(0, |met, owner| met | another(owner));
         }
-        if write {
-            owners.fill(tag);
-        }
         met != 0
+    }
+
+    /// Whether one of these writes is not known.
+    #[cold]
+    pub(crate) fn meets_unknown(&self, size: u32, cluster: u32, atomic: bool, seen: &Seen) -> bool {
+        (0..self.granules(size)).any(|g| {
+            // SAFETY: as in `meets_other`; there are as many epochs.
+            let (owner, epoch) = unsafe { (*self.owners.add(g), *self.epochs.add(g)) };
+            is_another(owner, cluster, atomic) && !seen.knows((owner >> 1) - 1, epoch)
+        })
+    }
+
+    /// Records a write of `size` owned bytes.
+    #[inline(always)]
+    pub(crate) fn claim(&self, size: u32, cluster: u32, atomic: bool, epoch: u32) {
+        let granules = self.granules(size);
+        // SAFETY: as in `meets_unknown`.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.owners, granules)
+                .fill((cluster + 1) << 1 | u32::from(atomic));
+            std::slice::from_raw_parts_mut(self.epochs, granules).fill(epoch);
+        }
+    }
+
+    /// What a cluster wrote of `size` bytes, and nobody else since, is done in this epoch.
+    pub(crate) fn date(&self, size: u32, cluster: u32, epoch: u32) {
+        for g in (0..self.granules(size)).filter(|_| self.is_owned()) {
+            // SAFETY: as in `meets_unknown`.
+            unsafe {
+                if *self.owners.add(g) >> 1 == cluster + 1 {
+                    *self.epochs.add(g) = epoch;
+                }
+            }
+        }
+    }
+}
+
+/// Whether this is the tag of another cluster's write.
+#[inline(always)]
+fn is_another(owner: u32, cluster: u32, atomic: bool) -> bool {
+    let both_atomic = atomic & (owner & 1 != 0);
+    (owner != 0) & (owner >> 1 != cluster + 1) & !both_atomic
+}
+
+/// Whether a block that waits may wait for one on another host thread.
+#[derive(Default)]
+pub(crate) struct Standstill {
+    /// Counts what somebody may wait for.
+    progress: AtomicU64,
+    /// Host threads that have blocks to run.
+    working: AtomicUsize,
+    /// At which progress host threads are stuck, and how many.
+    stuck: Mutex<(u64, usize)>,
+}
+
+impl Standstill {
+    pub(crate) fn enter(&self, threads: usize) {
+        self.working.store(threads, Ordering::Release);
+    }
+
+    pub(crate) fn leave(&self) {
+        self.progressed();
+        self.working.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn progressed(&self) {
+        self.progress.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Acquire)
+    }
+
+    /// The calling thread is stuck since `progress`, which `before` says if it has said so already. Returns whether all
+    /// are.
+    pub(crate) fn is_final(&self, progress: u64, before: &mut Option<u64>) -> bool {
+        let mut stuck = self.stuck.lock().unwrap_or_else(|e| e.into_inner());
+        if *before != Some(progress) {
+            if stuck.0 != progress {
+                *stuck = (progress, 0);
+            }
+            stuck.1 += 1;
+            *before = Some(progress);
+        }
+        *stuck >= (progress, self.working.load(Ordering::Acquire))
     }
 }
 
@@ -107,9 +196,12 @@ pub(crate) struct Run<'a> {
     slots: Vec<Slot>,
     /// Who wrote the granules of each memory, see [`Slot::owners`]; empty if nobody looks.
     owners: Vec<Vec<u32>>,
+    epochs: Vec<Vec<u32>>,
+    pub(crate) words: Words,
     /// Module variables of this launch and the marks of the parameters; they back slots.
     _owned: Vec<Memory>,
     findings: Mutex<Findings>,
+    pub(crate) standstill: Standstill,
 }
 
 // SAFETY: the pointers in slots are to memories that the launch borrows or owns. Blocks on several host threads may
@@ -153,12 +245,16 @@ impl<'a> Run<'a> {
             maps: Vec::new(),
             slots: Vec::new(),
             owners: Vec::new(),
+            epochs: Vec::new(),
+            words: Words::default(),
             _owned: Vec::new(),
             findings: Mutex::default(),
+            standstill: Standstill::default(),
         };
         // Blocks of a cooperative launch may well hand data to each other.
         if options.checks.has(FindingKind::Conflict) && !launch.cooperative {
             run.owners = memories.iter().map(|m| vec![0; m.len().div_ceil(2)]).collect();
+            run.epochs = run.owners.clone();
         }
         run.add_fixed_slots();
         run.add_arguments(memories, launch.args)?;
@@ -178,6 +274,7 @@ impl<'a> Run<'a> {
                 readable: true,
                 writable: !constant,
                 owners: std::ptr::null_mut(),
+                epochs: std::ptr::null_mut(),
                 parity: 0,
                 name: "module variable".into(),
             });
@@ -236,6 +333,12 @@ impl<'a> Run<'a> {
             return Err(refuse("windows have less than 4 GiB and point into themselves".to_string()));
         }
         let (base, written) = memory.pointers();
+        let of = |all: &mut Vec<Vec<u32>>| match all.get_mut(w.memory.0) {
+            // SAFETY: there is one for every two bytes of the memory.
+            Some(of_memory) if w.len > 0 => unsafe { of_memory.as_mut_ptr().add(w.start / 2) },
+            _ => std::ptr::null_mut(),
+        };
+        let (owners, epochs) = (of(&mut self.owners), of(&mut self.epochs));
         let low = (w.start % 256) as u64;
         let slot = self.slots.len() as u64;
         self.slots.push(Slot {
@@ -247,11 +350,8 @@ impl<'a> Run<'a> {
             len: w.len as u64,
             readable: w.access != Access::Write,
             writable: w.access != Access::Read,
-            owners: match self.owners.get_mut(w.memory.0) {
-                // SAFETY: one owner for every two bytes of the memory.
-                Some(owners) if w.len > 0 => unsafe { owners.as_mut_ptr().add(w.start / 2) },
-                _ => std::ptr::null_mut(),
-            },
+            owners,
+            epochs,
             parity: (w.start % 2) as u32,
             name: w.name.to_string(),
         });
@@ -422,6 +522,7 @@ impl Slot {
             data: self.base.wrapping_add(offset as usize),
             written: self.written.wrapping_add(offset as usize),
             owners: if self.owners.is_null() { self.owners } else { self.owners.wrapping_add(granule) },
+            epochs: if self.epochs.is_null() { self.epochs } else { self.epochs.wrapping_add(granule) },
             parity: (offset + self.parity) % 2,
         }
     }
@@ -435,6 +536,7 @@ impl Slot {
             readable: false,
             writable: false,
             owners: std::ptr::null_mut(),
+            epochs: std::ptr::null_mut(),
             parity: 0,
             name: String::new(),
         }

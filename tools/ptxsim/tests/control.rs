@@ -385,3 +385,46 @@ fn memory_knows_what_was_written() -> Result<()> {
     assert!(memories[0].is_initialised(0..16));
     Ok(())
 }
+
+/// Blocks that take numbers as they begin, each of which waits until a word counts to its number plus `late`, and adds
+/// its number to three times a sum.
+fn in_turn(late: u32) -> String {
+    let body = format!(
+        "
+        mov.u32 %r0, %tid.x; setp.ne.u32 %p1, %r0, 0; @%p1 ret;
+        ld.param.u64 %rd1, [words]; atom.global.add.u32 %r1, [%rd1], 1; add.u32 %r2, %r1, {late};
+        $wait: ld.acquire.gpu.global.u32 %r3, [%rd1+4]; setp.ne.u32 %p2, %r3, %r2; @%p2 bra $wait;
+        ld.global.u32 %r4, [%rd1+8]; mad.lo.u32 %r4, %r4, 3, %r1; st.global.u32 [%rd1+8], %r4;
+        red.release.gpu.global.add.u32 [%rd1+4], 1;"
+    );
+    kernel(&["words"], "", &body)
+}
+
+#[test]
+fn blocks_wait_for_those_that_began_before() -> Result<()> {
+    let text = in_turn(0);
+    let want = (0..40).fold(0u32, |sum, n| sum.wrapping_mul(3).wrapping_add(n));
+    for (threads, together) in [(1, 1), (1, 4), (3, 1), (2, 3)] {
+        for options in schedules() {
+            let mut bench = Bench::new(&text, &["words"]).grid(40);
+            bench.options = Options { threads, together, patience: 5_000, ..options };
+            let mut memory = [Memory::from_bytes(&[0; 12])];
+            let outcome = bench.run(&mut memory)?;
+            assert!(outcome.findings.is_empty(), "{:?}", outcome.findings);
+            assert_eq!(words(&memory[0]), [40, 40, want]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn blocks_that_wait_for_nobody_are_stuck_on_any_number_of_threads() -> Result<()> {
+    let text = in_turn(1);
+    for (threads, together) in [(1, 1), (1, 2), (2, 1), (3, 2)] {
+        let mut bench = Bench::new(&text, &["words"]).grid(4);
+        bench.options = Options { threads, together, patience: 5_000, ..Options::default() };
+        let outcome = bench.run(&mut [Memory::from_bytes(&[0; 12])])?;
+        assert!(outcome.findings.iter().any(|f| f.kind == FindingKind::Deadlock), "{:?}", outcome.findings);
+    }
+    Ok(())
+}

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Bench, Result, bf16, bf16_bytes, kernel, schedules, small, words};
+use common::{Bench, Result, bf16, bf16_bytes, bytes_of, kernel, schedules, small, words};
 use transfusion_ptxsim::*;
 
 /// The address of 16 bytes per thread behind `base`, in `to`.
@@ -487,5 +487,28 @@ fn bulk_stores_can_add() -> Result<()> {
     assert!(outcome.findings.is_empty(), "{:?}", outcome.findings);
     let want: Vec<u32> = (0..32).map(|l| bits(1.0 + 3.0 * l as f32)).collect();
     assert_eq!(words(&memory[0]), want);
+    Ok(())
+}
+
+#[test]
+fn a_bulk_store_that_has_read_is_not_there_yet() -> Result<()> {
+    let begin = "
+        mov.u32 %r1, %tid.x; mov.u32 %r2, tile; ld.param.u64 %rd1, [to]; ld.param.u64 %rd2, [seen];
+        setp.ne.u32 %p1, %r1, 0; @%p1 ret;
+        mov.u32 %r3, 7; mov.u32 %r4, 9;
+        st.shared.v4.u32 [%r2], {%r3, %r3, %r3, %r3}; fence.proxy.async.shared::cta;
+        cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r2], 16;
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;
+        st.shared.v4.u32 [%r2], {%r4, %r4, %r4, %r4};
+        ld.global.u32 %r5, [%rd1]; st.global.u32 [%rd2], %r5;";
+    let end = "cp.async.bulk.wait_group 0; ld.global.u32 %r5, [%rd1]; st.global.u32 [%rd2+4], %r5;";
+    // Without the second wait it is there when the block has ended.
+    for (body, seen) in [(format!("{begin}{end}"), [5, 7]), (begin.to_string(), [5, 0])] {
+        let text = kernel(&["to", "seen"], ".shared .align 128 .b8 tile[16];", &body);
+        let mut memory = [Memory::from_bytes(&bytes_of(&[5; 4])), Memory::from_bytes(&[0; 8])];
+        let outcome = Bench::new(&text, &["to", "seen"]).run(&mut memory)?;
+        assert!(outcome.findings.is_empty(), "{:?}", outcome.findings);
+        assert_eq!((words(&memory[0]), words(&memory[1])), (vec![7; 4], seen.to_vec()));
+    }
     Ok(())
 }

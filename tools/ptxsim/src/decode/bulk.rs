@@ -79,7 +79,7 @@ impl Builder<'_, '_> {
             return self.run::<CommitBulk>();
         }
         if self.take("wait_group") {
-            self.take("read");
+            self.inst.mode = self.take("read").into();
             self.inst.imm = self.integer_operand(0)?;
             return self.run::<WaitBulk>();
         }

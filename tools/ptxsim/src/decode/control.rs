@@ -4,7 +4,7 @@ use super::Flow;
 use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
-use crate::exec::barrier::{ClusterArrive, ClusterWait, Converged, ProxyFence, Sync, WarpSync};
+use crate::exec::barrier::{ClusterArrive, ClusterWait, Converged, Fence, ProxyFence, Sync, WarpSync};
 use crate::exec::collective::{ActiveMask, Elect, Match, Reduce, Shfl, Shuffle, Vote};
 use crate::exec::copy::ArriveAfter;
 use crate::exec::mbarrier::{Announce, Arrive, Init, Invalidate, TryWait};
@@ -143,8 +143,9 @@ impl Builder<'_, '_> {
             self.ignore(&["release", "cluster"]);
             return self.run::<Announce>();
         }
+        let device = ["gpu", "sys", "gl"].iter().any(|m| self.parts.contains(m));
         self.ignore(&["sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"]);
-        self.nothing()
+        if device { self.run::<Fence>() } else { self.nothing() }
     }
 
     fn shfl(&mut self) -> Parsed<()> {

@@ -4,8 +4,10 @@ use super::builder::Builder;
 use crate::allocate::Place;
 use crate::counters::Class;
 use crate::exec::access::cluster_address;
-use crate::exec::atomic::{Atomic, UPDATES};
-use crate::exec::memory::{ACQUIRE, Generic, Load, LoadGlobal, LoadParam, Local, Shared, Store, StoreGlobal};
+use crate::exec::atomic::{self, Atomic, UPDATES};
+use crate::exec::memory::{
+    Generic, Load, LoadGlobal, LoadParam, Local, ORDERS, STRONG, Shared, Store, StoreGlobal,
+};
 use crate::run::{LOCAL_SLOT, PARAM_SLOT, SHARED_SLOT};
 use crate::syntax::Parsed;
 use crate::syntax::ast::Type;
@@ -99,13 +101,19 @@ impl Builder<'_, '_> {
         self.list(elements, ty.bytes() == 8, write, ty.is_signed())
     }
 
+    /// Bits of `mode` for a load or store by its modifiers; `order` is the one that orders others.
+    fn order(&self, order: &str) -> u8 {
+        let has = |m: &str| self.parts.contains(&m);
+        let orders = has(order) && !has("cta");
+        let strong = orders || ["volatile", "relaxed", "cv"].into_iter().any(has);
+        u8::from(strong) * STRONG | u8::from(orders) * ORDERS
+    }
+
     pub(super) fn load(&mut self) -> Parsed<()> {
         self.expect_operands(2)?;
-        let acquire = ["acquire", "volatile", "relaxed", "cv"].iter().any(|m| self.parts.contains(m));
+        let order = self.order("acquire");
         let (space, ty) = self.access(1)?;
-        if acquire {
-            self.inst.mode |= ACQUIRE;
-        }
+        self.inst.mode |= order;
         self.values(0, true, ty)?;
         match space {
             Space::Global => self.run::<LoadGlobal>(),
@@ -121,7 +129,9 @@ impl Builder<'_, '_> {
             return self.unknown();
         }
         self.expect_operands(2)?;
+        let order = self.order("release");
         let (space, ty) = self.access(0)?;
+        self.inst.mode |= order;
         self.values(1, false, ty)?;
         match space {
             Space::Global => self.run::<StoreGlobal>(),
@@ -140,6 +150,9 @@ impl Builder<'_, '_> {
         let operations = UPDATES.iter().map(|u| u.operation);
         let Some(operation) = operations.into_iter().find(|o| self.take(o)) else { return self.unknown() };
         let first = usize::from(returns);
+        let device = !self.parts.contains(&"cta");
+        let orders = |m: &str| device && (self.parts.contains(&m) || self.parts.contains(&"acq_rel"));
+        let (acquires, releases) = (orders("acquire"), orders("release"));
         let (space, ty) = self.access(first)?;
         let known = UPDATES.iter().position(|u| {
             u.operation == operation && u.types.iter().any(|t| Type::from_suffix(t) == Some(ty))
@@ -147,6 +160,12 @@ impl Builder<'_, '_> {
         let Some(update) = known else { return self.unknown() };
         self.inst.d = update as u32;
         self.inst.mode = u8::from(returns);
+        if acquires {
+            self.inst.mode |= atomic::ACQUIRE;
+        }
+        if releases {
+            self.inst.mode |= atomic::RELEASE;
+        }
         let wide = ty.bytes() == 8;
         if returns {
             let results = self.elements(0)?;

@@ -15,6 +15,27 @@ pub(crate) enum Kind {
     Write,
     /// Reads and writes in one step.
     Atomic,
+    /// Reads or writes in one step what others may touch so at the same time.
+    Look,
+    Tell,
+}
+
+impl Kind {
+    #[inline(always)]
+    pub(crate) fn writes(self) -> bool {
+        !matches!(self, Self::Read | Self::Look)
+    }
+
+    #[inline(always)]
+    fn reads(self) -> bool {
+        !matches!(self, Self::Write | Self::Tell)
+    }
+
+    /// Whether others may touch the bytes in one step at the same time.
+    #[inline(always)]
+    fn together(self) -> bool {
+        !matches!(self, Self::Read | Self::Write)
+    }
 }
 
 /// Where the bytes of each lane lie; only lanes of the mask that came with it have a pointer.
@@ -90,7 +111,7 @@ impl Machine<'_> {
         let who = agent(self.warp, lane, kind == Kind::Atomic, self.pc);
         let Some(shadow) = &mut self.ctas[rank].shadow else { return };
         let faults = match kind {
-            Kind::Read => shadow.read(&who, address, size),
+            Kind::Read | Kind::Look => shadow.read(&who, address, size),
             _ => shadow.write(&who, address, size),
         };
         if faults.any() {
@@ -123,7 +144,7 @@ impl Machine<'_> {
             *rest &= *rest - 1;
             who.lane = lane as u8;
             let faults = match kind {
-                Kind::Read => shadow.read(&who, addresses[lane], size),
+                Kind::Read | Kind::Look => shadow.read(&who, addresses[lane], size),
                 _ => shadow.write(&who, addresses[lane], size),
             };
             if faults.any() {
@@ -138,7 +159,7 @@ impl Machine<'_> {
     #[inline(never)]
     pub(crate) fn report_shared(&self, faults: Faults, rank: usize, address: u32, lane: usize, kind: Kind) {
         let place = || shared_place(address);
-        let verb = if kind == Kind::Read { "read" } else { "write" };
+        let verb = if !kind.writes() { "read" } else { "write" };
         if faults.has(Faults::UNINITIALISED) {
             self.report(FindingKind::Uninitialised, lane, place(), "read of bytes that nothing wrote");
         }
@@ -192,8 +213,7 @@ impl Machine<'_> {
         kind: Kind,
         pointers: &mut Pointers,
     ) -> u32 {
-        let admitted = match self.run.find_lanes(addresses, active, &[size; LANES], size, kind != Kind::Read)
-        {
+        let admitted = match self.run.find_lanes(addresses, active, &[size; LANES], size, kind.writes()) {
             Some((window, offsets)) => {
                 for l in lanes(active) {
                     let bytes = window.at(offsets[l]);
@@ -224,7 +244,7 @@ impl Machine<'_> {
     ) -> u32 {
         let mut admitted = 0;
         for l in lanes(active) {
-            let bytes = self.global_bytes(addresses[l], size.into(), size.into(), kind != Kind::Read, l);
+            let bytes = self.global_bytes(addresses[l], size.into(), size.into(), kind.writes(), l);
             let Some(bytes) = bytes else { continue };
             self.visit_global(bytes, addresses[l], size, l, kind);
             pointers[l] = bytes.data;
@@ -238,11 +258,11 @@ impl Machine<'_> {
     fn visit_global(&self, bytes: Bytes, address: u64, size: u32, lane: usize, kind: Kind) {
         // SAFETY: `size` bytes were admitted, each with its mark.
         unsafe {
-            if self.run.uninitialised && kind != Kind::Write && !all_written(bytes.written, size) {
+            if self.run.uninitialised && kind.reads() && !all_written(bytes.written, size) {
                 let why = "read of bytes that nothing wrote";
                 self.report(FindingKind::Uninitialised, lane, self.run.place(address), why);
             }
-            if kind != Kind::Read {
+            if kind.writes() {
                 mark_written(bytes.written, size);
             }
         }
@@ -267,13 +287,34 @@ impl Machine<'_> {
         found
     }
 
-    /// Looks for a write of another cluster to the same bytes, unless this block may have waited for it.
+    /// Looks for a write of another cluster to the same bytes that this one does not know of.
     #[inline(always)]
     pub(crate) fn check_conflict(&self, bytes: Bytes, size: u32, kind: Kind, lane: usize, address: u64) {
-        let cta = &self.ctas[self.rank];
-        let met = bytes.meets_other(size, cta.cluster, kind != Kind::Read, kind == Kind::Atomic);
-        if met && !cta.acquired {
-            let verb = if kind == Kind::Read { "read" } else { "write" };
+        self.check_order(bytes, size, kind, lane, address, self.ctas[0].standing.epoch);
+    }
+
+    /// [`check_conflict`](Self::check_conflict) of what is written in this epoch.
+    #[inline(always)]
+    pub(crate) fn check_order(
+        &self,
+        bytes: Bytes,
+        size: u32,
+        kind: Kind,
+        lane: usize,
+        address: u64,
+        epoch: u32,
+    ) {
+        if !bytes.is_owned() {
+            return;
+        }
+        let cluster = self.ctas[self.rank].cluster;
+        let met = bytes.meets_other(size, cluster, kind.together());
+        let unknown = met && bytes.meets_unknown(size, cluster, kind.together(), &self.ctas[0].standing.seen);
+        if kind.writes() {
+            bytes.claim(size, cluster, kind.together(), epoch);
+        }
+        if unknown {
+            let verb = if !kind.writes() { "read" } else { "write" };
             let why = format!("{verb} of bytes that another block wrote in this launch");
             self.report(FindingKind::Conflict, lane, self.run.place(address), why);
         }
@@ -347,7 +388,7 @@ impl Machine<'_> {
         let mut admitted = 0;
         for l in lanes(active) {
             let (rank, address) = self.shared_target(addresses[l]);
-            if !self.shared_in_bounds(rank, address, size, l, kind != Kind::Read) {
+            if !self.shared_in_bounds(rank, address, size, l, kind.writes()) {
                 continue;
             }
             if self.run.shadowed {
@@ -392,7 +433,7 @@ impl Machine<'_> {
             }
             let first = l * bytes as usize + a as usize;
             let marks = &mut self.warp.local_written[first..first + size as usize];
-            if kind == Kind::Read {
+            if !kind.writes() {
                 if !marks.iter().all(|w| *w) {
                     let why = "read of bytes that nothing wrote";
                     self.report(FindingKind::Uninitialised, l, Place::Local(a), why);

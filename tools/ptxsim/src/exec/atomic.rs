@@ -2,7 +2,7 @@
 
 use super::access::{Kind, Pointers};
 use super::lane::lanes;
-use super::memory::{Space, put_wide_lane, wide_lane};
+use super::memory::{Space, put_wide_lane, synchronising, wide_lane};
 use super::{Flow, Inst, Instruction, Machine};
 use crate::math::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use std::marker::PhantomData;
@@ -22,8 +22,8 @@ impl<S: Space> Instruction for Atomic<S> {
         let admitted = S::admit(x, i, Kind::Atomic, &mut pointers);
         let update = UPDATES[i.d as usize].update;
         let returns = i.mode & 1 != 0;
-        // Its result may tell that other blocks are done.
-        x.cta().acquired |= returns;
+        let words = synchronising::<S>(x, i, admitted);
+        lanes(words).for_each(|l| x.release(pointers[l], i.mode & RELEASE != 0));
         let first = usize::from(returns) * usize::from(i.count);
         // Vector atomics update each element on its own.
         for n in 0..usize::from(i.count) {
@@ -40,10 +40,17 @@ impl<S: Space> Instruction for Atomic<S> {
                 }
             }
         }
+        if returns {
+            lanes(words).for_each(|l| x.acquire(pointers[l], i.mode & ACQUIRE != 0));
+        }
         *x.progress += 1;
         Flow::Next
     }
 }
+
+/// Bits of `mode`.
+pub(crate) const ACQUIRE: u8 = 4;
+pub(crate) const RELEASE: u8 = 8;
 
 /// Updates element `n` in one step and returns its old value.
 ///

@@ -175,6 +175,16 @@ impl Instruction for ProxyFence {
     }
 }
 
+/// `fence` and `membar` of the device.
+pub(crate) struct Fence;
+
+impl Instruction for Fence {
+    unsafe fn execute(x: &mut Machine<'_>, _: &Inst) -> Flow {
+        x.fence();
+        Flow::Next
+    }
+}
+
 /// `setmaxnreg`: only that the whole warp takes part.
 pub(crate) struct Converged;
 

@@ -5,6 +5,7 @@
 
 use super::access::{Kind, all_written, shared_place};
 use super::lane::lanes;
+use super::order::UNDER_WAY;
 use super::shadow::Agent;
 use super::team::Cta;
 use super::warp::{Knowledge, Warp};
@@ -61,6 +62,8 @@ pub(crate) struct BulkStore {
     serial: u32,
     /// The group of its lane that `commit_group` closed over it.
     group: Option<u64>,
+    /// What `wait_group.read` found in shared memory, if that has happened.
+    read: Option<Vec<u8>>,
     pc: u32,
 }
 
@@ -196,7 +199,7 @@ impl Machine<'_> {
                 (true, false) => Kind::Write,
                 (false, _) => Kind::Read,
             };
-            self.check_conflict(bytes, p.valid, kind, lane, p.global);
+            self.check_order(bytes, p.valid, kind, lane, p.global, UNDER_WAY);
             sectors += (p.global % 32 + u64::from(p.valid)).div_ceil(32);
         }
         let site = &mut self.tally.sites[self.pc as usize];
@@ -289,7 +292,8 @@ impl Machine<'_> {
             }
         }
         let (lane, pc) = (lane as u8, self.pc);
-        let store = BulkStore { lane, pieces, reduction, element, format, serial, group: None, pc };
+        let store =
+            BulkStore { lane, pieces, reduction, element, format, serial, group: None, read: None, pc };
         self.warp.bulk_stores.push(store);
     }
 }
@@ -301,38 +305,67 @@ fn bulk_agent(warp: &Warp, lane: usize, record: (u16, u32), pc: u32) -> Agent<'_
     who
 }
 
-/// Performs the stores of the lanes of a warp but for the `keep` latest groups of each.
-fn perform_stores(run: &Run<'_>, cta: &mut Cta, warp: &mut Warp, waiting: u32, keep: u64) {
+/// Performs the stores of the lanes of a warp but for the `keep` latest groups of each; or their reads alone.
+fn perform_stores(
+    run: &Run<'_>,
+    cta: &mut Cta,
+    warp: &mut Warp,
+    (waiting, keep, reads): (u32, u64, bool),
+    epoch: u32,
+) {
     let groups = warp.bulk_groups;
     let done = |s: &BulkStore| {
         let lane = usize::from(s.lane);
         waiting >> lane & 1 != 0 && s.group.is_some_and(|g| g + keep < groups[lane])
     };
-    for store in warp.bulk_stores.iter().filter(|s| done(s)) {
-        perform_store(run, cta, store);
+    for store in warp.bulk_stores.iter_mut().filter(|s| done(s)) {
+        read_store(cta, store);
+        if !reads {
+            perform_store(run, store, (cta.cluster, epoch));
+        }
         if let Some(known) = warp.knows.clock.get_mut(cta.columns.stores as usize) {
             *known = (*known).max(store.serial);
         }
     }
-    warp.bulk_stores.retain(|s| !done(s));
+    if !reads {
+        warp.bulk_stores.retain(|s| !done(s));
+    }
+}
+
+/// Reads what a store writes, unless that has happened.
+fn read_store(cta: &mut Cta, store: &mut BulkStore) {
+    if store.read.is_some() {
+        return;
+    }
+    let mut bytes = Vec::with_capacity(store.pieces.len() * PIECE as usize);
+    for p in &store.pieces {
+        // SAFETY: the piece was admitted when the store was issued.
+        bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(cta.shared(p.shared), PIECE as usize) });
+    }
+    store.read = Some(bytes);
 }
 
 /// A warp ends: what it stored in bulk and did not wait for is a fault, and performed.
 pub(crate) fn finish_stores(run: &Run<'_>, ctas: &mut [Cta], rank: usize, warp: &mut Warp) {
-    for store in std::mem::take(&mut warp.bulk_stores) {
-        let message = "the thread exits without `cp.async.bulk.wait_group` for this store, which may still \
-                       read the block's shared memory";
-        let thread = warp.index as u32 * 32 + u32::from(store.lane);
-        run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
-        perform_store(run, &mut ctas[rank], &store);
+    for mut store in std::mem::take(&mut warp.bulk_stores) {
+        if store.read.is_none() {
+            let message = "the thread exits without `cp.async.bulk.wait_group` for this store, which may still \
+                           read the block's shared memory";
+            let thread = warp.index as u32 * 32 + u32::from(store.lane);
+            run.report(FindingKind::InFlight, store.pc, ctas[rank].id, thread, Place::None, message.into());
+        }
+        read_store(&mut ctas[rank], &mut store);
+        perform_store(run, &store, (ctas[rank].cluster, ctas[0].standing.epoch));
     }
 }
 
-fn perform_store(run: &Run<'_>, cta: &mut Cta, store: &BulkStore) {
-    for p in store.pieces.iter().filter(|p| p.valid > 0) {
-        let from = cta.shared(p.shared);
+/// Writes what a store has read.
+fn perform_store(run: &Run<'_>, store: &BulkStore, (cluster, epoch): (u32, u32)) {
+    let read = store.read.as_deref().unwrap_or_default();
+    for (p, bytes) in store.pieces.iter().zip(read.chunks(PIECE as usize)).filter(|(p, _)| p.valid > 0) {
+        let from = bytes.as_ptr();
         let Some(to) = run.find(p.global, p.valid.into(), 1, true) else { continue };
-        // SAFETY: both sides were admitted when the store was issued, and windows do not move.
+        // SAFETY: `valid` bytes were read, and admitted to be written when the store was issued; windows do not move.
         unsafe {
             if store.reduction == Reduction::None {
                 std::ptr::copy_nonoverlapping(from, to.data, p.valid as usize);
@@ -344,6 +377,7 @@ fn perform_store(run: &Run<'_>, cta: &mut Cta, store: &BulkStore) {
             }
             std::ptr::write_bytes(to.written, 1, p.valid as usize);
         }
+        to.date(p.valid, cluster, epoch);
     }
 }
 
@@ -514,12 +548,13 @@ impl Instruction for CommitBulk {
     }
 }
 
-/// `cp.async.bulk.wait_group imm`, with or without `.read`.
+/// `cp.async.bulk.wait_group imm`; with `.read` (`mode` 1) the copies are not performed, only read.
 pub(crate) struct WaitBulk;
 
 impl Instruction for WaitBulk {
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
-        perform_stores(x.run, &mut x.ctas[x.rank], x.warp, x.active, i.imm as u64);
+        let (which, epoch) = ((x.active, i.imm as u64, i.mode == 1), x.ctas[0].standing.epoch);
+        perform_stores(x.run, &mut x.ctas[x.rank], x.warp, which, epoch);
         *x.progress += 1;
         Flow::Next
     }

@@ -79,6 +79,8 @@ fn move_out(x: &mut Machine<'_>, i: &Inst, admitted: u32, pointers: &Pointers) {
 
 /// A state space: how an address register is read and an access is checked.
 pub(crate) trait Space {
+    /// Whether addresses are wide.
+    const WIDE: bool;
     fn admit(x: &mut Machine<'_>, i: &Inst, kind: Kind, pointers: &mut Pointers) -> u32;
 }
 
@@ -104,6 +106,8 @@ pub(crate) struct Local;
 pub(crate) struct Generic;
 
 impl Space for Global {
+    const WIDE: bool = true;
+
     #[inline(always)]
     fn admit(x: &mut Machine<'_>, i: &Inst, kind: Kind, pointers: &mut Pointers) -> u32 {
         let addresses = wide_addresses(x, i);
@@ -112,6 +116,8 @@ impl Space for Global {
 }
 
 impl Space for Shared {
+    const WIDE: bool = false;
+
     #[inline(always)]
     fn admit(x: &mut Machine<'_>, i: &Inst, kind: Kind, pointers: &mut Pointers) -> u32 {
         let addresses = narrow_addresses(x, i);
@@ -120,6 +126,8 @@ impl Space for Shared {
 }
 
 impl Space for Local {
+    const WIDE: bool = false;
+
     #[inline(always)]
     fn admit(x: &mut Machine<'_>, i: &Inst, kind: Kind, pointers: &mut Pointers) -> u32 {
         let mut addresses = wide_addresses(x, i);
@@ -129,6 +137,8 @@ impl Space for Local {
 }
 
 impl Space for Generic {
+    const WIDE: bool = true;
+
     fn admit(x: &mut Machine<'_>, i: &Inst, kind: Kind, pointers: &mut Pointers) -> u32 {
         let addresses = wide_addresses(x, i);
         let size = u32::from(i.size) * u32::from(i.count);
@@ -155,21 +165,32 @@ impl Space for Generic {
     }
 }
 
-/// Bit of `mode`: a load that may see what another block released.
-pub(crate) const ACQUIRE: u8 = 2;
+/// Bits of `mode`: an access that may see what another block released, or tell it; and one that acquires or releases.
+pub(crate) const STRONG: u8 = 2;
+pub(crate) const ORDERS: u8 = 4;
 
-/// `ld`: rows in the list, address `a + imm`; bit 0 of `mode` extends the sign, [`ACQUIRE`] is the other.
+/// The lanes whose words in global memory other blocks may synchronise with.
+pub(crate) fn synchronising<S: Space>(x: &Machine<'_>, i: &Inst, admitted: u32) -> u32 {
+    if !S::WIDE {
+        return 0;
+    }
+    let addresses = wide_addresses(x, i);
+    lanes(admitted).filter(|&l| addresses[l] >> 32 > LOCAL_SLOT).fold(0, |mask, l| mask | 1 << l)
+}
+
+/// `ld`: rows in the list, address `a + imm`; bit 0 of `mode` extends the sign, others are [`STRONG`] and [`ORDERS`].
 pub(crate) struct Load<S>(PhantomData<S>);
 
 impl<S: Space> Instruction for Load<S> {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let mut pointers = NO_POINTERS;
-        let admitted = S::admit(x, i, Kind::Read, &mut pointers);
-        if i.mode & ACQUIRE != 0 {
-            x.cta().acquired = true;
-        }
+        let kind = if i.mode & STRONG != 0 { Kind::Look } else { Kind::Read };
+        let admitted = S::admit(x, i, kind, &mut pointers);
+        // A load may write over the row of its address.
+        let words = if i.mode & STRONG != 0 { synchronising::<S>(x, i, admitted) } else { 0 };
         move_in(x, i, admitted, &pointers);
+        lanes(words).for_each(|l| x.acquire(pointers[l], i.mode & ORDERS != 0));
         Flow::Next
     }
 }
@@ -181,7 +202,12 @@ impl<S: Space> Instruction for Store<S> {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
         let mut pointers = NO_POINTERS;
-        let admitted = S::admit(x, i, Kind::Write, &mut pointers);
+        let kind = if i.mode & STRONG != 0 { Kind::Tell } else { Kind::Write };
+        let admitted = S::admit(x, i, kind, &mut pointers);
+        if i.mode & STRONG != 0 {
+            let words = synchronising::<S>(x, i, admitted);
+            lanes(words).for_each(|l| x.release(pointers[l], i.mode & ORDERS != 0));
+        }
         move_out(x, i, admitted, &pointers);
         *x.progress += 1;
         Flow::Next
@@ -205,7 +231,7 @@ fn contiguous(x: &mut Machine<'_>, i: &Inst, kind: Kind) -> Option<*mut u8> {
     if !straight {
         return None;
     }
-    let bytes = x.run.find(address, 32 * size, size, kind == Kind::Write)?;
+    let bytes = x.run.find(address, 32 * size, size, kind.writes())?;
     // SAFETY: `find` admitted these bytes, each with its mark.
     unsafe {
         if kind == Kind::Write {
@@ -229,7 +255,7 @@ pub(crate) struct LoadGlobal;
 impl Instruction for LoadGlobal {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
-        if i.mode & ACQUIRE == 0
+        if i.mode & STRONG == 0
             && let Some(data) = contiguous(x, i, Kind::Read)
         {
             let size = usize::from(i.size) * usize::from(i.count);
@@ -257,7 +283,9 @@ pub(crate) struct StoreGlobal;
 impl Instruction for StoreGlobal {
     #[inline(always)]
     unsafe fn execute(x: &mut Machine<'_>, i: &Inst) -> Flow {
-        if let Some(data) = contiguous(x, i, Kind::Write) {
+        if i.mode & STRONG == 0
+            && let Some(data) = contiguous(x, i, Kind::Write)
+        {
             let size = usize::from(i.size) * usize::from(i.count);
             let mut pointers = NO_POINTERS;
             for (l, p) in pointers.iter_mut().enumerate() {

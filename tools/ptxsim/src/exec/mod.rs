@@ -19,6 +19,7 @@ pub(crate) mod lane;
 pub(crate) mod matrix;
 pub(crate) mod mbarrier;
 pub(crate) mod memory;
+pub(crate) mod order;
 pub(crate) mod product;
 pub(crate) mod shadow;
 pub(crate) mod team;

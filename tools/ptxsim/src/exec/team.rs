@@ -4,6 +4,7 @@ use super::Machine;
 use super::barrier::Barrier;
 use super::bulk::Transfer;
 use super::mbarrier::Mbarrier;
+use super::order::Standing;
 use super::shadow::{COLUMNS, Shadow};
 use super::warp::{State, Turn, Warp, run_warp};
 use crate::counters::Tally;
@@ -25,8 +26,8 @@ pub(crate) struct Cta {
     pub(crate) id: [u32; 3],
     /// Number of its cluster in the grid.
     pub(crate) cluster: u32,
-    /// Whether it may have learnt that other blocks are done with something: see `FindingKind::Conflict`.
-    pub(crate) acquired: bool,
+    /// What its cluster knows of others: see `FindingKind::Conflict`. Kept in the first block.
+    pub(crate) standing: Standing,
     memory: Vec<Line>,
     pub(crate) shadow: Option<Shadow>,
     pub(crate) barriers: Vec<Barrier>,
@@ -61,7 +62,7 @@ impl Cta {
         Self {
             id: [0; 3],
             cluster: 0,
-            acquired: false,
+            standing: Standing::default(),
             memory: vec![Line([0; 1024]); stripes],
             shadow: run.shadowed.then(|| Shadow::new(run.shared_end, columns)),
             barriers: (0..BARRIERS + WARPGROUPS).map(|_| Barrier::new(columns)).collect(),
@@ -83,7 +84,7 @@ impl Cta {
     fn start(&mut self, id: [u32; 3], cluster: u32, base: u32) {
         self.id = id;
         self.cluster = cluster;
-        self.acquired = false;
+        self.standing = Standing::default();
         if let Some(shadow) = &mut self.shadow {
             shadow.reset();
         }
@@ -299,6 +300,7 @@ pub(crate) fn run_teams(run: &Run<'_>, tally: &mut Tally, teams: &mut [Team], ra
         order.reverse();
     }
     let (mut idle, mut fruitless, mut progress, mut executed) = (0, 0, 0, 0);
+    let (mut everywhere, mut stuck) = (run.standstill.progress(), None);
     while !teams.iter().all(Team::is_done) {
         let mut busy = false;
         for team in teams.iter_mut() {
@@ -312,10 +314,19 @@ pub(crate) fn run_teams(run: &Run<'_>, tally: &mut Tally, teams: &mut [Team], ra
         }
         let now: u64 = teams.iter().map(|t| t.progress).sum();
         if now != progress {
-            (progress, fruitless, idle) = (now, 0, 0);
+            progress = now;
+            run.standstill.progressed();
         }
         idle = if busy { 0 } else { idle + 1 };
-        if idle > IDLE_ROUNDS || fruitless > run.options.patience {
+        let seen = run.standstill.progress();
+        if seen != everywhere {
+            (everywhere, fruitless, idle) = (seen, 0, 0);
+        } else if fruitless > 0 {
+            // What these wait for may come from another host thread.
+            std::thread::yield_now();
+        }
+        let waits = idle > IDLE_ROUNDS || fruitless > run.options.patience;
+        if waits && run.standstill.is_final(everywhere, &mut stuck) {
             teams.iter().for_each(|team| team.report_deadlock(run, "no warp can go on"));
             return;
         }

@@ -21,6 +21,12 @@ const HOPPER_BACKWARD: u32 = 64;
 /// The most that a block has besides.
 const HOPPER_STATIC: u32 = 3072;
 
+/// Whether dq is added up in the same order every time; else what it is added to must be zeros.
+const ORDERED: u32 = 1;
+/// Scratch of Hopper's backward pass: two words, and one for each head and 64 queries; dq in f32.
+const WORDS: usize = 3;
+const SUMS: usize = 4;
+
 /// Most queries of a batch row that are decoded: their keys are split over blocks.
 const DECODED: u32 = 4;
 /// Least keys of a split.
@@ -69,15 +75,19 @@ impl Width {
     fn hopper(self) -> Option<Hopper> {
         let ring =
             |own: u32, stages: u32, stage: u32| own * self.tile(HOPPER_ROWS) + stages * (stage + 16) + 8;
-        let [forward, keys] = match self.width {
-            64 => [4, 4],
-            128 => [2, 3],
+        let [forward, once, keys] = match self.width {
+            64 => [4, 4, 4],
+            128 => [2, 2, 3],
             _ => return None,
         };
         let passing = 2 * self.tile(HOPPER_BACKWARD);
+        let of_keys = |stages: u32| ring(2, stages, passing + HOPPER_BACKWARD * 16 + 1024);
+        // Twice ds of a tile, and its dq in f32.
+        let sums = 2 * HOPPER_ROWS * HOPPER_BACKWARD * 2 + 2 * self.tile(HOPPER_BACKWARD);
         Some(Hopper {
             forward: ring(1, 2 * forward, self.tile(HOPPER_FORWARD)),
-            keys: ring(2, keys, passing + HOPPER_BACKWARD * 16 + 1024),
+            once: Some(of_keys(once).next_multiple_of(1024) + sums),
+            keys: of_keys(keys),
             queries: ring(2, 4, passing),
         })
     }
@@ -87,6 +97,8 @@ impl Width {
 #[derive(Clone, Copy, Debug)]
 struct Hopper {
     forward: u32,
+    /// Backward in one pass, where that fits; then in two.
+    once: Option<u32>,
     keys: u32,
     queries: u32,
 }
@@ -225,8 +237,9 @@ impl Problem {
     /// Hopper's kernels, where there are some that can read the operands: a tensor map is never empty.
     fn hopper(&self, on: &Target) -> Option<Hopper> {
         let there = on.arch == Target::H200.arch && self.keys > 0 && self.kv_stride > 0;
-        let fits = |h: &Hopper| h.forward.max(h.keys).max(h.queries) + HOPPER_STATIC <= on.shared;
-        self.width.hopper().filter(|h| there && fits(h))
+        let fits = |shared: u32| shared + HOPPER_STATIC <= on.shared;
+        let h = self.width.hopper().filter(|h| there && fits(h.forward.max(h.keys).max(h.queries)))?;
+        Some(Hopper { once: h.once.filter(|&once| fits(once)), ..h })
     }
 
     /// A tensor map of rows, so many in each batch row or cache, that `height` at a time are copied of.
@@ -275,45 +288,59 @@ impl Problem {
         Ok(Launch::kernel(self.entry("fwd_wgmma"), grid, HOPPER_THREADS, shared, args))
     }
 
-    /// The launch that makes dk and dv, and the one that makes dq, of what was prepared.
+    /// What was prepared becomes dq, dk and dv: in one pass, and where something is not finite in two; or in two alone.
     fn hopper_backward(
         &self,
         h: Hopper,
         [dq, dk, dv]: [Arg; 3],
         grad: &Arg,
         prepared: &[Arg; 3],
-    ) -> Result<[Launch; 2], String> {
+    ) -> Result<Vec<Launch>, String> {
         let width = self.heads * self.width.width;
         let grad = Self::map(grad, [self.batch, self.queries, width], HOPPER_BACKWARD);
         let reads = self.maps(HOPPER_BACKWARD).into_iter().chain([grad]).chain(prepared.iter().cloned());
         let reads: Vec<Arg> = reads.chain([self.slots.clone()]).collect();
-        let args = |outs: &[Arg], batch: Option<u32>, stride: u32| {
+        let [words, sums] = [Arg::scratch(WORDS), Arg::scratch(SUMS)];
+        let wanted = Arg::Address(Operand::Scratch(WORDS), 4);
+        let args = |outs: &[Arg], more: &[Arg], batch: Option<u32>, stride: u32, last: &[u32]| {
             let sizes = [self.queries, self.keys, self.heads, self.group(), stride];
             let sizes = batch.into_iter().chain(sizes).map(Arg::U32).chain(self.columns()?);
-            let last = [Arg::U32(self.caches), Arg::F32(self.scale)];
-            Ok::<_, String>(outs.iter().chain(&reads).cloned().chain(sizes).chain(last).collect())
+            let last = last.iter().copied().map(Arg::U32).chain([Arg::F32(self.scale)]);
+            Ok::<_, String>(outs.iter().chain(&reads).chain(more).cloned().chain(sizes).chain(last).collect())
         };
-        let launch = |pass, grid, shared, args| {
-            Launch::kernel(self.entry(&format!("{pass}_wgmma")), grid, HOPPER_THREADS, shared, args)
+        let launch = |pass, grid, threads, shared, args| {
+            Launch::kernel(self.entry(&format!("{pass}_wgmma")), grid, threads, shared, args)
         };
-        Ok([
-            launch(
-                "bwd_keys",
-                self.over_keys(HOPPER_ROWS),
-                h.keys,
-                args(&[dk, dv], Some(self.batch), self.kv_stride)?,
-            ),
-            launch(
-                "bwd_queries",
-                self.over_queries(HOPPER_ROWS),
-                h.queries,
-                args(&[dq], None, self.q_stride)?,
-            ),
-        ])
+        let fill = |scratch, byte| Launch::Fill { what: Operand::Scratch(scratch), byte };
+        let (over_keys, over_queries) = (self.over_keys(HOPPER_ROWS), self.over_queries(HOPPER_ROWS));
+        let (batch, keys, queries) = (Some(self.batch), self.kv_stride, self.q_stride);
+        let outs = [dk.clone(), dv.clone(), sums.clone(), words.clone()];
+        let once = args(&outs, &[], batch, keys, &[self.caches, ORDERED])?;
+        let finish = [dq.clone(), words, sums, prepared[2].clone()];
+        let finish = finish.into_iter().chain([self.queries, queries].map(Arg::U32));
+        let finish = finish.chain([Arg::F32(self.scale)]).collect();
+        let wanted = [wanted];
+        let [twice_keys, twice_queries] = [
+            args(&[dk, dv], &wanted, batch, keys, &[self.caches])?,
+            args(&[dq], &wanted, None, queries, &[self.caches])?,
+        ];
+        let mut all = match h.once {
+            Some(shared) => vec![
+                fill(WORDS, 0),
+                launch("bwd", over_keys, HOPPER_THREADS, shared, once),
+                launch("bwd_finish", self.over_queries(SPAN), THREADS, 0, finish),
+            ],
+            None => vec![fill(WORDS, 1)],
+        };
+        all.extend([
+            launch("bwd_keys", over_keys, HOPPER_THREADS, h.keys, twice_keys),
+            launch("bwd_queries", over_queries, HOPPER_THREADS, h.queries, twice_queries),
+        ]);
+        Ok(all)
     }
 
     /// The launch that makes dk and dv, and the one that makes dq, of what was prepared.
-    fn backward(&self, [dq, dk, dv]: [Arg; 3], grad: &Arg, prepared: &[Arg; 3]) -> [Launch; 2] {
+    fn backward(&self, [dq, dk, dv]: [Arg; 3], grad: &Arg, prepared: &[Arg; 3]) -> Vec<Launch> {
         let width = self.width;
         let reads = [&self.q, &self.k, &self.v, grad].into_iter().chain(prepared).chain([&self.slots]);
         let reads: Vec<Arg> = reads.cloned().collect();
@@ -321,7 +348,7 @@ impl Problem {
             let all = outs.iter().chain(&reads).cloned();
             all.chain(batch.map(Arg::U32)).chain(self.sizes()).collect()
         };
-        [
+        vec![
             Launch::kernel(
                 self.entry("bwd_keys"),
                 self.over_keys(width.own_keys),
@@ -365,7 +392,8 @@ pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kerne
     })
 }
 
-/// Scratch: stats (2 f32 a query and head), intervals (2 i32 a query), spans (4 i32 for 64 queries).
+/// Scratch: stats (2 f32 a query and head), intervals (2 i32 a query), spans (4 i32 for 64 queries); on Hopper `WORDS` and
+/// `SUMS`.
 pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
     let own = op.operands();
     let p = Problem::new(op, &ins[..own], on)?;
@@ -375,7 +403,7 @@ pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target)
     }
     let spans = p.queries.div_ceil(SPAN) as usize;
     let rows = p.batch as usize * spans * SPAN as usize;
-    let scratch = vec![rows * p.heads as usize * 8, rows * 8, p.batch as usize * spans * 16];
+    let mut scratch = vec![rows * p.heads as usize * 8, rows * 8, p.batch as usize * spans * 16];
     let [o, lse, grad] = [own, own + 1, own + 2].map(Arg::input);
     let prepared = [Arg::scratch(0), Arg::scratch(1), Arg::scratch(2)];
     let h = op.heads;
@@ -389,14 +417,20 @@ pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target)
     args.extend([p.queries, p.keys, p.heads, p.caches].map(Arg::U32));
     let prepare = Launch::kernel(p.entry("bwd_prepare"), p.over_queries(SPAN), THREADS, 0, args);
 
-    let [keys, queries] = match p.hopper(on) {
-        Some(h) => p.hopper_backward(h, [dq, dk, dv], &grad, &prepared)?,
+    let passes = match p.hopper(on) {
+        Some(h) => {
+            let tiles = p.heads as usize * p.batch as usize * spans;
+            let sums = h.once.map_or(0, |_| tiles * p.width.tile(SPAN) as usize * 2);
+            scratch.extend([(2 + tiles) * 4, sums]);
+            p.hopper_backward(h, [dq, dk, dv], &grad, &prepared)?
+        }
         None => p.backward([dq, dk, dv], &grad, &prepared),
     };
     // Columns of packed rows beside the queries.
     let others = (op.cached && ins[0].shape.last() > h.q_columns()).then(|| fill(0));
-    let keys = (!p.over_keys(1).contains(&0)).then_some(keys);
-    let launches = others.into_iter().chain([prepare]).chain(keys).chain([queries]).collect();
+    // Without keys there is nothing over them to launch.
+    let some = |l: &Launch| !matches!(l, Launch::Kernel { grid, .. } if grid.contains(&0));
+    let launches = others.into_iter().chain([prepare]).chain(passes.into_iter().filter(some)).collect();
     Ok(Kernels { scratch, launches })
 }
 
@@ -483,14 +517,33 @@ mod tests {
             ]
         );
         let k = on(&Target::H200);
+        assert_eq!(k.scratch[WORDS..], [(2 + 60) * 4, 60 * 64 * 128 * 4]);
         assert_eq!(
             launches(&k),
             [
                 ("attention_bwd_prepare_d128_bf16", [5, 4, 3], 0),
+                ("fill", [0; 3], 0),
+                ("attention_bwd_wgmma_d128_bf16", [3, 2, 3], 201_728),
+                ("attention_bwd_finish_wgmma_d128_bf16", [5, 4, 3], 0),
                 ("attention_bwd_keys_wgmma_d128_bf16", [3, 2, 3], 170_040),
                 ("attention_bwd_queries_wgmma_d128_bf16", [3, 4, 3], 196_680),
             ]
         );
+    }
+
+    #[test]
+    fn backward_in_two_passes_alone_where_one_does_not_fit() {
+        let op = op(4, 2, 64, false);
+        let [qkv, start, end] = packed(3, 300, op.heads, DType::Bf16);
+        let (o, lse) = (Spec::new([3, 300, 256], DType::Bf16), Spec::new([3, 4, 300], DType::F32));
+        let little = Target { shared: 155 << 10, ..Target::H200 };
+        let k = backward(&op, &[qkv, start, end, o, lse, o], &[qkv], &little).unwrap();
+        assert_eq!(k.scratch[SUMS], 0);
+        assert!(k.launches.contains(&Launch::Fill { what: Operand::Scratch(WORDS), byte: 1 }));
+        let names: Vec<_> = launches(&k).into_iter().map(|l| l.0).collect();
+        let passes =
+            ["prepare", "keys_wgmma", "queries_wgmma"].map(|p| format!("attention_bwd_{p}_d64_bf16"));
+        assert_eq!(names, [&passes[0], "fill", &passes[1], &passes[2]]);
     }
 
     #[test]
