@@ -246,13 +246,10 @@ impl Op for Linear {
     /// Heads that turn after they were stored.
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
         let (rope, at) = self.rotary_at()?;
-        let run = |op: Arc<dyn Op>, specs: &[Spec], ins: &[Host]| {
-            Application { op, specs: specs.into(), ins: ins.into() }.run(&mut agreement::cpu(1).ok()?).ok()
-        };
         let product = Linear { rotary: None, ..*self };
-        let y = run(Arc::new(product), &specs[..at], &ins[..at])?.pop()?;
-        let spec = product.infer(&specs[..at]).ok()?[0];
-        run(Arc::new(rope), &[spec, specs[at]], &[y, ins[at].clone()])
+        let y = agreement::stored(product, &specs[..at], &ins[..at])?.pop()?;
+        let qkv = product.infer(&specs[..at]).ok()?[0];
+        agreement::stored(rope, &[qkv, specs[at]], &[y, ins[at].clone()])
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
