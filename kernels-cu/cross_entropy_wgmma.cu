@@ -11,13 +11,13 @@
 // Target  sm_90a
 //
 // entry                                 grid     block  shared    arguments                                             bytes        flops
-// cross_entropy_fwd_wgmma_128x256_bf16  <=T      384    0+217152  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
-// cross_entropy_fwd_wgmma_128x192_bf16  <=T      384    0+225376  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
-// cross_entropy_fwd_wgmma_64x128_bf16   <=T      384    0+217232  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
+// cross_entropy_fwd_wgmma_128x256_bf16  <=T      384    0+218192  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
+// cross_entropy_fwd_wgmma_128x192_bf16  <=T      384    0+226400  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
+// cross_entropy_fwd_wgmma_64x128_bf16   <=T      384    0+218256  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
 // cross_entropy_fwd_merge_f32           N/8      256    0         lse each | parts targets | N V P |                    8NP          10NP
-// cross_entropy_bwd_wgmma_128x256_bf16  <=T      384    0+217152  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
-// cross_entropy_bwd_wgmma_128x192_bf16  <=T      384    0+225376  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
-// cross_entropy_bwd_wgmma_64x128_bf16   <=T      384    0+217232  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
+// cross_entropy_bwd_wgmma_128x256_bf16  <=T      384    0+218192  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
+// cross_entropy_bwd_wgmma_128x192_bf16  <=T      384    0+226400  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
+// cross_entropy_bwd_wgmma_64x128_bf16   <=T      384    0+218256  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
 // cross_entropy_bwd_keep_bf16           NC/2048  256    0         kept | h targets | N V C |                            4NC          -
 //
 // Needs   C % 8 == 0, rows 16-byte aligned; maps as the forward pass of linear_wgmma.cu; any N and V but 0.

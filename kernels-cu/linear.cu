@@ -1,6 +1,7 @@
 // Matrix products on tensor cores, with what follows them.
 //   y[n,m] = act(sum_k x[n,k] w[m,k] + bias[m]) + residual[n,m]     (fwd; act: none, silu, SwiGLU over pairs)
 //   dx[n,k] = sum_m dy[n,m] w[m,k],   dw[m,k] (+)= sum_n dy[n,m] x[n,k]
+//   dpre[n,2k], dpre[n,2k+1] = dx[n,k] dSwiGLU(pre[n,2k], pre[n,2k+1])       (dx_swiglu: x[n,k] is SwiGLU of pre)
 //
 // One main loop: block tiles of rows x columns, `BK` deep, arrive through a ring of cp.async stages; warps of
 // 64x64 (32x32 in the small tile) multiply them by mma.m16n8k16, the fragments of the next 16 of depth on
@@ -22,6 +23,9 @@
 // linear_dx_128x256_bf16          T        256    0+98304  dx | dy w | N M K |                                        2NM+2MK+2NK   2NMK
 // linear_dx_128x128_bf16          T        128    0+65536  dx | dy w | N M K |                                        2NM+2MK+2NK   2NMK
 // linear_dx_64x64_bf16            T        128    0+32768  dx | dy w | N M K |                                        2NM+2MK+2NK   2NMK
+// linear_dx_swiglu_128x256_bf16   T        256    0+98304  dpre | dy w pre | N M K |                                  2NM+2MK+8NK   2NMK
+// linear_dx_swiglu_128x128_bf16   T        128    0+65536  dpre | dy w pre | N M K |                                  2NM+2MK+8NK   2NMK
+// linear_dx_swiglu_64x64_bf16     T        128    0+32768  dpre | dy w pre | N M K |                                  2NM+2MK+8NK   2NMK
 // linear_dw_128x256_bf16          T        256    0+98304  dw | dy x | N M K accumulate |                             2NM+2NK+2MK   2NMK
 // linear_dw_128x128_bf16          T        128    0+65536  dw | dy x | N M K accumulate |                             2NM+2NK+2MK   2NMK
 // linear_dw_64x64_bf16            T        128    0+32768  dw | dy x | N M K accumulate |                             2NM+2NK+2MK   2NMK
@@ -36,6 +40,7 @@
 // Needs   K % 8 == 0 and M % 8 == 0, so that rows are 16-byte aligned; any N. Shared
 //         memory is dynamic. bias and residual are not read unless has_bias, has_residual say so.
 // Rounds  once, on store; pre too, before the activation; sums in f32, fixed order (deterministic).
+#include "common/gate.cuh"
 #include "common/product.cuh"
 #include "common/tile.cuh"
 
@@ -181,9 +186,9 @@ INLINE void forward(const Activation& out, const bf16* x, const bf16* w, u32 row
     product<T, true, true>(x, w, rows, out.columns, depth, depth, 0, depth, out);
 }
 
-template <typename T>
-INLINE void backward_input(bf16* dx, const bf16* dy, const bf16* w, u32 rows, u32 columns, u32 depth) {
-    product<T, true, false>(dy, w, rows, columns, depth, columns, 0, depth, Store{dx, columns});
+template <typename T, typename Out>
+INLINE void backward_input(const Out& out, const bf16* dy, const bf16* w, u32 rows, u32 depth) {
+    product<T, true, false>(dy, w, rows, out.columns, depth, out.columns, 0, depth, out);
 }
 
 template <typename T, typename Out>
@@ -267,17 +272,32 @@ extern "C" __global__ void __launch_bounds__(128, 4)
 
 extern "C" __global__ void __launch_bounds__(256, 1)
     linear_dx_128x256_bf16(bf16* dx, const bf16* dy, const bf16* w, u32 rows, u32 depth, u32 columns) {
-    backward_input<Large>(dx, dy, w, rows, columns, depth);
+    backward_input<Large>(Store{dx, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     linear_dx_128x128_bf16(bf16* dx, const bf16* dy, const bf16* w, u32 rows, u32 depth, u32 columns) {
-    backward_input<Medium>(dx, dy, w, rows, columns, depth);
+    backward_input<Medium>(Store{dx, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
     linear_dx_64x64_bf16(bf16* dx, const bf16* dy, const bf16* w, u32 rows, u32 depth, u32 columns) {
-    backward_input<Small>(dx, dy, w, rows, columns, depth);
+    backward_input<Small>(Store{dx, columns}, dy, w, rows, depth);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+    linear_dx_swiglu_128x256_bf16(bf16* dpre, const bf16* dy, const bf16* w, const bf16* pre, u32 rows, u32 depth, u32 columns) {
+    backward_input<Large>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    linear_dx_swiglu_128x128_bf16(bf16* dpre, const bf16* dy, const bf16* w, const bf16* pre, u32 rows, u32 depth, u32 columns) {
+    backward_input<Medium>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    linear_dx_swiglu_64x64_bf16(bf16* dpre, const bf16* dy, const bf16* w, const bf16* pre, u32 rows, u32 depth, u32 columns) {
+    backward_input<Small>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)

@@ -77,7 +77,15 @@ def linear(s, t):
 
 @peer("eager")
 def linear_dx(s, t):
-    return Task(lambda: t[0] @ t[1], lambda dx: {0: dx})
+    if s.gated != "true":
+        return Task(lambda: t[0] @ t[1], lambda dx: {0: dx})
+    gate, up = (x.contiguous() for x in unzip(t[2]).chunk(2, -1))
+
+    def run():
+        dy = t[0] @ t[1]
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+
+    return Task(run, lambda d: {0: zipped(torch.cat(d, -1))})
 
 
 @peer("eager")
@@ -109,7 +117,10 @@ def rmsnorm(s, t):
 def rmsnorm_bwd(s, t):
     x, w, _, dy, *before = t
     norm = lambda x, w: F.rms_norm(x, w.shape, w, 1e-5)
-    return gradient(norm, [x, w], dy, lambda g: {0: g[0], 1: g[1] + (before[0] if before else 0.0)})
+    of, d = norm, dy
+    if s.arrived == "true":
+        of, d = lambda x, w: (norm(x, w), x), (dy, before.pop(0))
+    return gradient(of, [x, w], d, lambda g: {0: g[0], 1: g[1] + (before[0] if before else 0.0)})
 
 
 def split(qkv, s):
@@ -270,8 +281,7 @@ def ema(s, t):
 
 @peer("eager")
 def sum_squares(s, t):
-    x = t[1].flatten()
-    return Task(lambda: torch.dot(x, x), lambda y: {0: t[0] + y})
+    return Task(lambda: torch.stack(torch._foreach_norm(t[1:])).square().sum(), lambda y: {0: t[0] + y})
 
 
 def operands(s, t):

@@ -46,6 +46,8 @@ struct Tile {
     // Columns that a warp finishes at once.
     static constexpr int WIDE = 32;
     static constexpr u32 FINISH = STAGES * STAGE_BYTES, BARRIERS = FINISH + 8 * FINISH_BYTES<WIDE>, TURNS = BARRIERS + STAGES * 16;
+    // Room for what an end of the product needs, 1 KiB.
+    static constexpr u32 BEHIND = TURNS + 16;
     using Ring = Stage<STAGES, STAGE_BYTES, CLUSTER * 8 / TEAMS>;
     using Turn = Turns<TEAMS == 2>;
 };

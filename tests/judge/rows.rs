@@ -1,6 +1,9 @@
 //! Rows and columns of products, norms and losses that results do not depend on.
 use super::{Hiding, Part, Secret};
-use transfusion_core::{agreement::Application, tensor::Spec};
+use transfusion_core::{
+    agreement::Application,
+    tensor::{DType, Spec},
+};
 
 /// What results of an application of RMSNorm, a product or a cross entropy must not depend on.
 pub(super) fn secret(case: &str, application: &Application) -> Option<Secret> {
@@ -64,7 +67,12 @@ fn rmsnorm_bwd(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
     let columns = some(ins[0].shape.last())
         .into_iter()
         .map(|c| hiding(format!("column {c} of w"), vec![(1, c..c + 1)], vec![all(0, outs[0])]));
-    rows.chain(columns).collect()
+    let arrived = ins.get(4).filter(|&&arrived| arrived == ins[0]).map(|&arrived| {
+        some(arrived.shape.rows()).into_iter().map(move |n| {
+            hiding(format!("row {n} of what has arrived"), vec![row(4, arrived, n)], vec![row(0, outs[0], n)])
+        })
+    });
+    rows.chain(columns).chain(arrived.into_iter().flatten()).collect()
 }
 
 fn linear(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
@@ -72,22 +80,31 @@ fn linear(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
         let touched = outs.iter().enumerate().map(|(o, spec)| row(o, *spec, n)).collect();
         hiding(format!("row {n} of x"), vec![row(0, ins[0], n)], touched)
     });
-    let columns = some(ins[1].shape.rows()).into_iter().map(|m| {
+    // Heads turn in pairs of columns.
+    let together = if ins.iter().any(|s| s.dtype == DType::I32) { 2 } else { 1 };
+    let columns = some(ins[1].shape.rows() / together).into_iter().map(|m| {
+        let (first, end) = (m * together, (m + 1) * together);
         // SwiGLU makes one column of two.
-        let of = |(o, spec): (usize, &Spec)| column(o, *spec, m * spec.shape.last() / ins[1].shape.rows());
-        let touched = outs.iter().enumerate().flat_map(of).collect();
-        hiding(format!("row {m} of w"), vec![row(1, ins[1], m)], touched)
+        let of = |(o, spec): (usize, &Spec), m| column(o, *spec, m * spec.shape.last() / ins[1].shape.rows());
+        let touched = outs.iter().enumerate().flat_map(|out| (first..end).flat_map(move |m| of(out, m)));
+        let poisoned = (first..end).map(|m| row(1, ins[1], m)).collect();
+        hiding(format!("row {first} of w, {together}"), poisoned, touched.collect())
     });
     rows.chain(columns).collect()
 }
 
 fn linear_dx(ins: &[Spec], outs: &[Spec]) -> Vec<Hiding> {
-    let rows = some(ins[0].shape.rows())
-        .into_iter()
-        .map(|n| hiding(format!("row {n} of dy"), vec![row(0, ins[0], n)], vec![row(0, outs[0], n)]));
-    let columns = some(ins[1].shape.last())
-        .into_iter()
-        .map(|k| hiding(format!("column {k} of w"), column(1, ins[1], k), column(0, outs[0], k)));
+    let rows = some(ins[0].shape.rows()).into_iter().map(|n| {
+        let pre = ins.get(2).map(|pre| row(2, *pre, n));
+        let poisoned = [row(0, ins[0], n)].into_iter().chain(pre).collect();
+        hiding(format!("row {n} of dy, and of what is gated"), poisoned, vec![row(0, outs[0], n)])
+    });
+    // Of a gated column come those of gate and up.
+    let each = outs[0].shape.last() / ins[1].shape.last();
+    let columns = some(ins[1].shape.last()).into_iter().map(|k| {
+        let touched = (k * each..(k + 1) * each).flat_map(|c| column(0, outs[0], c)).collect();
+        hiding(format!("column {k} of w"), column(1, ins[1], k), touched)
+    });
     rows.chain(columns).collect()
 }
 

@@ -45,13 +45,13 @@ impl Graph {
     fn differentiate(&mut self, seeds: &[(Tensor, Tensor)], params: &[Tensor]) -> Result<()> {
         self.open_accumulators(params)?;
         let live = self.depend_on(params);
-        let mut grad: HashMap<Tensor, Tensor> = HashMap::new();
+        self.arrived.clear();
+        let begun = self.accumulators.clone();
         for &(t, d) in seeds {
-            self.collect(&mut grad, t, d);
+            self.arrive(t, d);
         }
-        let mut reached: HashSet<Tensor> = HashSet::new();
         for node in self.nodes.clone().iter().rev() {
-            let d: Vec<_> = node.outs.iter().map(|o| grad.get(o).copied()).collect();
+            let d: Vec<_> = node.outs.iter().map(|o| self.arrived.get(o).copied()).collect();
             if d.iter().all(Option::is_none) || !node.ins.iter().any(|t| live.contains(t)) {
                 continue;
             }
@@ -67,14 +67,8 @@ impl Graph {
                 match given {
                     Grad::Into(sum) => {
                         self.accumulators.insert(x, sum);
-                        reached.insert(x);
                     }
-                    Grad::To(dx) if self.accumulators.contains_key(&x) => {
-                        let sum = self.add_into(self.accumulators[&x], dx);
-                        self.accumulators.insert(x, sum);
-                        reached.insert(x);
-                    }
-                    Grad::To(dx) if live.contains(&x) => self.collect(&mut grad, x, dx),
+                    Grad::To(dx) if live.contains(&x) => self.arrive(x, dx),
                     Grad::To(_) | Grad::Integer => {}
                     Grad::Stop(why) if live.contains(&x) && params.contains(&x) => {
                         return Err(node.no_adjoint(why));
@@ -83,9 +77,10 @@ impl Graph {
                 }
             }
         }
-        self.accumulators.clear();
+        let sums = std::mem::take(&mut self.accumulators);
+        self.arrived.clear();
         self.check()?;
-        match params.iter().find(|p| !reached.contains(p)) {
+        match params.iter().find(|p| sums[p] == begun[p]) {
             Some(p) => Err(Error::Graph(format!(
                 "the loss does not reach parameter {}; leave it out to freeze it",
                 self.values[p.index()].name
@@ -120,9 +115,16 @@ impl Graph {
         live
     }
 
-    fn collect(&mut self, grad: &mut HashMap<Tensor, Tensor>, x: Tensor, dx: Tensor) {
-        let sum = grad.get(&x).map_or(dx, |&have| self.add(have, dx));
-        grad.insert(x, sum);
+    /// Adds `dx` to the gradient of `x`, made before the node whose adjoint this is: to its accumulator where it has
+    /// one, else to what has arrived.
+    pub(crate) fn arrive(&mut self, x: Tensor, dx: Tensor) {
+        if let Some(sum) = self.accumulator(x) {
+            let sum = self.add_into(sum, dx);
+            self.accumulators.insert(x, sum);
+            return;
+        }
+        let sum = self.arrived.get(&x).copied().map_or(dx, |have| self.add(have, dx));
+        self.arrived.insert(x, sum);
     }
 }
 
@@ -243,6 +245,65 @@ mod tests {
         let reader = &plan.steps[again[1].0 + 1];
         assert_eq!(reader.op.name(), "swiglu_bwd");
         assert_eq!(reader.ins[0], again[1].1.outs[0]);
+    }
+
+    /// How many sums a backward pass takes beside that of the one accumulator, through `build` from `x [3, 8]` and a
+    /// scale `[8]`.
+    fn sums(build: impl FnOnce(&mut Graph, Tensor, Tensor) -> Vec<Tensor>) -> usize {
+        let mut g = Graph::new();
+        let p = g.state(Kind::Param, "p", [3, 16], DType::F32);
+        let (x, w) = (g.swiglu(p), g.input("w", [8], DType::F32));
+        let outs = build(&mut g, x, w);
+        let forward = g.nodes.len();
+        let seeds: Vec<_> = outs.into_iter().map(|y| (y, g.input("d", [3, 8], DType::F32))).collect();
+        g.backward_from(&seeds, &[p]).unwrap();
+        Plan::new(&g).unwrap();
+        g.nodes[forward..].iter().filter(|n| n.op.name() == "add").count() - 1
+    }
+
+    #[test]
+    fn a_norm_adds_to_what_has_arrived() {
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5)]), 0);
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5), x]), 0);
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5), g.rmsnorm(x, w, 1e-5)]), 0);
+        // Of both operands of a sum, before that of the norm; and behind it.
+        assert_eq!(sums(|g, x, w| vec![g.rmsnorm(x, w, 1e-5), g.add(x, x)]), 1);
+        let behind = |g: &mut Graph, x: Tensor, w: Tensor| vec![g.add(x, x), g.rmsnorm(x, w, 1e-5)];
+        assert_eq!(sums(behind), 2);
+    }
+
+    #[test]
+    fn the_gradient_of_what_is_gated_takes_no_pass_of_its_own() {
+        let backward = |recompute: bool| {
+            let mut g = Graph::new();
+            let x = g.input("x", [3, 8], DType::F32);
+            let [up, down] = [("up", [32, 8]), ("down", [8, 16])]
+                .map(|(name, shape)| g.state(Kind::Param, name, shape, DType::F32));
+            let pre = g.linear(x, up, Epilogue::default());
+            g.recompute = recompute;
+            let h = g.gated(pre);
+            g.recompute = false;
+            let y = g.linear(h, down, Epilogue::default());
+            g.output("y", y);
+            let d = g.input("d", [3, 8], DType::F32);
+            g.backward_from(&[(y, d)], &[up, down]).unwrap();
+            let plan = Plan::new(&g).unwrap();
+            plan.steps.iter().skip(3).map(|s| s.op.name()).collect::<Vec<_>>()
+        };
+        assert_eq!(backward(false), ["linear_dw", "linear_dx", "linear_dw"]);
+        assert_eq!(backward(true), ["swiglu", "linear_dw", "linear_dx", "linear_dw"]);
+    }
+
+    #[test]
+    fn what_is_given_to_a_parameter_itself_is_added() {
+        let mut g = Graph::new();
+        let w = g.state(Kind::Param, "w", [3, 8], DType::F32);
+        let d = g.input("d", [3, 8], DType::F32);
+        let e = g.input("e", [3, 4], DType::F32);
+        let y = g.swiglu(w);
+        g.backward_from(&[(w, d), (y, e)], &[w]).unwrap();
+        let sums = g.nodes.iter().filter(|n| n.op.name() == "add").count();
+        assert_eq!((sums, Plan::new(&g).unwrap().steps.len()), (2, 3));
     }
 
     #[test]

@@ -297,6 +297,12 @@ impl Expected {
     }
 }
 
+/// The results of `op` on the CPU, stored.
+pub fn stored(op: impl Op + 'static, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+    let application = Application { op: Arc::new(op), specs: specs.into(), ins: ins.into() };
+    application.run(&mut cpu(1).ok()?).ok()
+}
+
 /// The results of `op` on all operands but the last, stored, and `result` then added to that last one in
 /// f32: an op that accumulates, unfused. `None` unless the operands are bf16.
 pub fn then_added(op: impl Op + 'static, specs: &[Spec], ins: &[Host], result: usize) -> Option<Vec<Host>> {
@@ -304,8 +310,7 @@ pub fn then_added(op: impl Op + 'static, specs: &[Spec], ins: &[Host], result: u
     if specs.first()?.dtype != DType::Bf16 || sum_spec.dtype != DType::F32 {
         return None;
     }
-    let parts = Application { op: Arc::new(op), specs: specs.into(), ins: ins.into() };
-    let mut results = parts.run(&mut cpu(1).ok()?).ok()?;
+    let mut results = stored(op, specs, ins)?;
     let delta = results.get(result)?.to_f64();
     results[result] = Host::from_f64(DType::F32, sum.to_f64().iter().zip(&delta).map(|(a, b)| a + b));
     Some(results)

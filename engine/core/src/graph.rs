@@ -70,6 +70,7 @@ pub struct Graph {
     pub(crate) nodes: Vec<Node>,
     pub(crate) outputs: Vec<(String, Tensor)>,
     pub(crate) accumulators: HashMap<Tensor, Tensor>,
+    pub(crate) arrived: HashMap<Tensor, Tensor>,
     /// Of the matrix products that are added from here on, and of their gradients.
     pub precision: Precision,
     /// Whether what is added from here on is computed again in the backward pass, instead of being kept until
@@ -198,6 +199,12 @@ impl Graph {
     /// The gradient accumulator of `t`, while a backward pass is built and if `t` has one.
     pub fn accumulator(&self, t: Tensor) -> Option<Tensor> {
         self.accumulators.get(&t).copied()
+    }
+
+    /// What has arrived so far of the gradient of input `t`, while a backward pass is built. It is taken: who asks
+    /// adds its own gradient to it and gives the sum as [`Grad::To`].
+    pub fn take_arrived(&mut self, t: Tensor) -> Option<Tensor> {
+        self.arrived.remove(&t)
     }
 
     /// Gives `delta` to input `t`: into its accumulator where it has one.

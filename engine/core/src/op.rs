@@ -45,7 +45,7 @@ pub enum Memory {
 /// What the adjoint says about one input.
 #[derive(Clone, Copy, Debug)]
 pub enum Grad {
-    /// Its gradient.
+    /// Its gradient, to be added to what has arrived.
     To(Tensor),
     /// Its gradient was added to its accumulator; this is the accumulator's new version.
     Into(Tensor),

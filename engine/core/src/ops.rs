@@ -26,7 +26,7 @@ mod time_embedding;
 pub use adamw::{AdamW, AdamWStates};
 pub use add::Repeat;
 pub use heads::Heads;
-pub use linear::{Activation, Epilogue};
+pub use linear::{Activation, Epilogue, Factor, Rotary};
 pub use patchify::patch_width;
 pub use q_sample::Noise;
 pub use sampler::{SamplerInputs, SamplerStep};

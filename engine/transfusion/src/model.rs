@@ -13,7 +13,9 @@ use transfusion_core::{
     Result,
     graph::Graph,
     op::Kind,
-    ops::{Activation, AdamW, AdamWStates, Epilogue, Noise, Repeat, SamplerInputs, SamplerStep},
+    ops::{
+        Activation, AdamW, AdamWStates, Epilogue, Factor, Noise, Repeat, Rotary, SamplerInputs, SamplerStep,
+    },
     tensor::{DType, Shape, Tensor},
 };
 
@@ -269,12 +271,10 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let dtype = c.dtype();
     let schedule = g.input("schedule", [3], DType::F32);
     let all = weights(c);
-    let mut sum = g.fill(0.0, [1], DType::F32);
+    let none = g.fill(0.0, [1], DType::F32);
     let gradients = options.gradients.dtype();
-    for w in &all {
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
-        sum = g.sum_squares_into(sum, grad);
-    }
+    let grads: Vec<Tensor> = all.iter().map(|w| g.state(Kind::Grad, &w.name, w.shape(), gradients)).collect();
+    let sum = g.sum_squares_into(none, &grads);
     let [norm, scale] = g.clip(sum, options.max_norm);
     g.output("grad_norm", norm);
     let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
@@ -385,6 +385,15 @@ enum Place {
     Cached { extend: Extend, positions: Tensor, slots: Tensor, row_start: Tensor, row_end: Tensor },
 }
 
+impl Place {
+    /// Of every row, within its sequence.
+    fn positions(&self) -> Tensor {
+        match *self {
+            Place::Packed { positions, .. } | Place::Cached { positions, .. } => positions,
+        }
+    }
+}
+
 /// The images of a training batch.
 struct Images {
     patches: Tensor,
@@ -467,9 +476,9 @@ impl<'c> Builder<'c> {
     /// The transformer, from embedded rows `[N, C]` to normalised ones.
     fn trunk(&mut self, mut x: Tensor, place: &Place) -> Tensor {
         for i in 0..self.config.num_hidden_layers {
-            let [gated, residual] = self.again(Recompute::Blocks, |b| {
+            let (gated, residual) = self.again(Recompute::Blocks, |b| {
                 let x = b.attention_block(i, x, place);
-                [b.gated(i, x), x]
+                (b.gated(i, x), x)
             });
             let w = self.weight(&layer(i, "mlp.down_proj.weight"));
             x = self.g.linear(gated, w, Epilogue { residual: Some(residual), ..Default::default() });
@@ -487,34 +496,35 @@ impl<'c> Builder<'c> {
         let c = self.config;
         let h = self.norm(x, &layer(i, "input_layernorm.weight"));
         let w = self.weight(&layer(i, "self_attn.qkv.weight"));
-        let mut qkv = self.g.linear(h, w, Epilogue::default());
-        if c.qk_norm() {
+        let rows = self.g.spec(x).shape.rows();
+        let positions = self.g.reshape(place.positions(), [rows]);
+        let (heads, theta) = (c.heads(), c.rope_theta);
+        let qkv = if c.qk_norm() {
             let wq = self.weight(&layer(i, "self_attn.q_norm.weight"));
             let wk = self.weight(&layer(i, "self_attn.k_norm.weight"));
-            qkv = self.cheap(|b| b.g.qk_norm(qkv, wq, wk, c.heads(), c.rms_norm_eps));
-        }
+            let qkv = self.g.linear(h, w, Epilogue::default());
+            let qkv = self.cheap(|b| b.g.qk_norm(qkv, wq, wk, heads, c.rms_norm_eps));
+            self.cheap(|b| b.g.rope(qkv, positions, heads, theta))
+        } else {
+            let rotary = Some(Rotary { positions, heads, theta });
+            self.g.linear(h, w, Epilogue { rotary, ..Default::default() })
+        };
         let o = self.attend(i, qkv, place);
         let w = self.weight(&layer(i, "self_attn.o_proj.weight"));
         self.g.linear(o, w, Epilogue { residual: Some(x), ..Default::default() })
     }
 
-    /// Rotates, caches where there is a cache, and attends: `[N, (H + 2 Hkv) D]` to `[N, H D]`.
+    /// Caches where there is a cache, and attends: `[N, (H + 2 Hkv) D]` to `[N, H D]`.
     fn attend(&mut self, i: usize, qkv: Tensor, place: &Place) -> Tensor {
         let heads = self.config.heads();
         let (n, packed) = (self.g.spec(qkv).shape.rows(), self.g.spec(qkv).shape.last());
-        let rotate = |b: &mut Self, positions: Tensor| {
-            let flat = b.g.reshape(positions, [n]);
-            b.cheap(|b| b.g.rope(qkv, flat, heads, b.config.rope_theta))
-        };
         let o = match *place {
-            Place::Packed { rows, positions, row_start, row_end } => {
-                let qkv = rotate(self, positions);
+            Place::Packed { rows, row_start, row_end, .. } => {
                 self.show(&format!("qkv.{i}"), qkv);
                 let qkv = self.cheap(|b| b.g.reshape(qkv, [rows, n / rows.max(1), packed]));
                 self.g.attention(qkv, row_start, row_end, heads)
             }
             Place::Cached { extend: e, positions, slots, row_start, row_end } => {
-                let qkv = rotate(self, positions);
                 let qkv = self.g.reshape(qkv, [e.rows, e.positions, packed]);
                 let (q, kv) = (heads.heads * heads.width, heads.kv_heads * heads.width);
                 let shape = [e.slots, e.capacity, kv];
@@ -530,15 +540,15 @@ impl<'c> Builder<'c> {
     }
 
     /// The feed-forward network up to what its last product reads: `[N, C]` to `[N, F]`.
-    fn gated(&mut self, i: usize, x: Tensor) -> Tensor {
+    fn gated(&mut self, i: usize, x: Tensor) -> Factor {
         let h = self.norm(x, &layer(i, "post_attention_layernorm.weight"));
         let w = self.weight(&layer(i, "mlp.gate_up.weight"));
         if self.recompute == Recompute::Cheap {
             // An op of its own can be computed again without the product.
             let gate_up = self.g.linear(h, w, Epilogue::default());
-            return self.cheap(|b| b.g.swiglu(gate_up));
+            return self.cheap(|b| b.g.gated(gate_up));
         }
-        self.g.linear(h, w, Epilogue { activation: Activation::SwiGlu, ..Default::default() })
+        self.g.gated_linear(h, w)
     }
 
     /// Mean cross entropy of the positions that carry one.
@@ -598,7 +608,7 @@ impl<'c> Builder<'c> {
     fn projection(&mut self, name: &str, x: Tensor, activation: Activation) -> Tensor {
         let w = self.weight(&format!("transfusion.{name}.weight"));
         let bias = Some(self.weight(&format!("transfusion.{name}.bias")));
-        self.g.linear(x, w, Epilogue { bias, activation, residual: None })
+        self.g.linear(x, w, Epilogue { bias, activation, ..Default::default() })
     }
 
     /// From rows `[I P, C]` of patches to predictions `[I, S, S, channels]`.

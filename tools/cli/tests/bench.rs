@@ -130,7 +130,7 @@ fn ops_are_those_of_the_plans() {
     );
     let squares = rows(&folder, &format!("ops --group squares --device cpu {SHORT} {SMALL}"));
     let names: Vec<&str> = squares.iter().map(|r| r["what"].as_str().unwrap()).collect();
-    assert_eq!(names[..3], ["linear", "linear_dx", "linear_dw"]);
+    assert_eq!(names[..3], ["linear", "linear_dw", "linear_dx"]);
     fail(
         &folder,
         &format!("ops softmax --device cpu {SHORT} {SMALL}"),

@@ -53,10 +53,14 @@ struct AdamWStep {
 struct Ema;
 
 impl Graph {
-    /// `sum [1] += sum of x^2`, in place.
+    /// `sum [1] += sum of x^2` over all tensors `xs`, in place, in their order.
     #[track_caller]
-    pub fn sum_squares_into(&mut self, sum: Tensor, x: Tensor) -> Tensor {
-        self.push::<1>(SumSquares, &[sum, x])[0]
+    pub fn sum_squares_into(&mut self, mut sum: Tensor, xs: &[Tensor]) -> Tensor {
+        for some in xs.chunks(TOGETHER) {
+            let ins: Vec<Tensor> = [sum].into_iter().chain(some.iter().copied()).collect();
+            [sum] = self.push(SumSquares, &ins);
+        }
+        sum
     }
 
     /// `(norm, scale)`, each `[1]`, from a sum of squares: `scale = min(1, max_norm / norm)`, or zero
@@ -86,6 +90,8 @@ impl Graph {
 }
 
 const CHUNK: usize = 16 * 1024;
+/// Tensors whose squares one op sums.
+const TOGETHER: usize = 8;
 
 impl Op for SumSquares {
     fn name(&self) -> &'static str {
@@ -93,24 +99,25 @@ impl Op for SumSquares {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let [sum, _] = operands(ins)?;
         floats(ins)?;
+        let sum = ins[0];
         if sum.shape.numel() != 1 { Err(format!("{sum:?} is not one number")) } else { Ok(vec![sum]) }
     }
 
     fn workspace(&self, ins: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
-        vec![ins[1].shape.numel().div_ceil(CHUNK) * size_of::<f64>()]
+        let chunks = ins[1..].iter().map(|x| x.shape.numel().div_ceil(CHUNK));
+        vec![chunks.max().unwrap_or(0) * size_of::<f64>()]
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
-            let x = T::read(&ins[1]);
             // Every chunk in T, the chunks in f64, in their order.
-            let total = cpu.scratch(x.len().div_ceil(CHUNK), |parts: &mut [f64]| {
+            let squares = |x: &[T]| cpu.scratch(x.len().div_ceil(CHUNK), |parts: &mut [f64]| {
                 let each = parts.par_iter_mut().zip(x.par_chunks(CHUNK));
                 each.for_each(|(part, x)| *part = simd!(dot(x, x)).f64());
                 parts.iter().sum::<f64>()
             });
+            let total: f64 = ins[1..].iter().map(|x| squares(T::read(x))).sum();
             let sum = &mut T::write(&mut outs[0])[0];
             *sum = T::of(sum.f64() + total);
         });
@@ -121,7 +128,8 @@ impl Op for SumSquares {
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        Cost { flops: 2 * ins[1].shape.numel() as u64, bytes: traffic(ins, outs) }
+        let squares: usize = ins[1..].iter().map(|x| x.shape.numel()).sum();
+        Cost { flops: 2 * squares as u64, bytes: traffic(ins, outs) }
     }
 
     fn memory(&self, _: usize) -> Memory {
@@ -333,12 +341,14 @@ pub(super) fn cases() -> Vec<Case> {
         let name = format!("{n}{}", if master { ", master copy" } else { "" });
         step(&name, master, n, 0.25 + (n % 3) as f64, Fill::Normal(0.1)).large()
     };
-    let squares = |name: String, n: usize| {
-        Case::new("sum_squares", name, |g, x| vec![g.sum_squares_into(x[0], x[1])])
+    let squares_of = |lengths: &[usize]| {
+        let name = lengths.iter().map(usize::to_string).collect::<Vec<_>>().join(" and ");
+        let case = Case::new("sum_squares", name, |g, x| vec![g.sum_squares_into(x[0], &x[1..])])
             .single([1], Fill::Values(vec![2.0]))
-            .normal([n])
-            .without_gradient()
+            .without_gradient();
+        lengths.iter().fold(case, |case, &n| case.normal([n]))
     };
+    let squares = |n: usize| squares_of(&[n]);
     let clip = |name: &str, sum: f64| {
         let build = |g: &mut Graph, x: &[Tensor]| g.clip(x[0], 1.0).to_vec();
         Case::new("clip", name, build).single([1], Fill::Values(vec![sum])).without_gradient()
@@ -363,7 +373,9 @@ pub(super) fn cases() -> Vec<Case> {
         step("skipped", false, 43, 0.0, broken()),
         step("skipped, master copy", true, 1029, 0.0, broken()),
         step_after(1e-8, "gradients as small as eps", false, 61, 1.0, Fill::Normal(1e-8)),
-        squares("two chunks".into(), 20_011),
+        squares(20_011),
+        squares_of(&[17, 40_009, 1, 5]),
+        squares_of(&[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]),
         clip("long", 16.0),
         clip("short", 0.25),
         clip("nothing", 0.0),
@@ -383,10 +395,22 @@ pub(super) fn cases() -> Vec<Case> {
     let longer = [2048, 2049, 3071, 4099, 5003, 8191, 10_007, 16_384, 444_001];
     for n in lengths.into_iter().chain(longer) {
         cases.extend([false, true].map(|master| any(master, n)));
-        cases.push(squares(n.to_string(), n).large());
+        cases.push(squares(n).large());
         cases.push(ema(n.to_string(), n, 0.99, 1.0).large());
     }
-    cases.push(squares("900_001".into(), 900_001).large());
+    cases.push(squares(900_001).large());
+    // Vectors that fill the grid so that the next tensor begins in its middle, at its end, or anywhere.
+    let several: [&[usize]; 8] = [
+        &[1024, 1024],
+        &[7, 2048, 8],
+        &[4099, 1, 1021, 15],
+        &[16_384, 16_384, 16_384, 16_384, 16_384, 16_384, 16_384, 16_384],
+        &[444_001, 3, 200_003],
+        &[5, 900_001, 61, 9, 65_537, 2, 8, 333_333],
+        &[64, 64, 64, 64, 64, 64, 64],
+        &[540_672, 270_336, 1_081_344],
+    ];
+    cases.extend(several.map(|lengths| squares_of(lengths).large()));
     for (narrow, what) in [([true, false], "moments"), ([false, true], "gradient"), ([true; 2], "both")] {
         let case = |n: usize, scale: f64, gradient: Fill| {
             let name = format!("{n}, {what} narrow, scale {scale}");
@@ -423,7 +447,7 @@ mod tests {
         };
         let schedule = g.input("schedule", [3], DType::F64);
         let zero = g.fill(0.0, [1], DType::F64);
-        let sum = g.sum_squares_into(zero, s.grad);
+        let sum = g.sum_squares_into(zero, &[s.grad]);
         let [norm, scale] = g.clip(sum, 2.0);
         let mean = state(&mut g, Kind::Ema, "w");
         let decay = g.fill(0.5, [1], DType::F64);

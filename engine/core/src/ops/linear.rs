@@ -2,9 +2,11 @@
 //! what follows the product is its [`Epilogue`]. An activation takes what is stored of the product, so that it
 //! has the bits of an op of its own: those that recomputation finds.
 use super::{
+    Heads,
     add::column_sum,
     prelude::*,
-    swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_row},
+    rope::{Rope, RopeBwd},
+    swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_bwd_row, swiglu_row},
 };
 use crate::{agreement, tensor::Host};
 
@@ -22,6 +24,17 @@ pub enum Activation {
     SwiGlu,
 }
 
+/// Rotary positions of the heads that a product makes, as [`Graph::rope`] takes them.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotary {
+    /// i32, one for each row.
+    pub positions: Tensor,
+    /// What the rows of the product hold.
+    pub heads: Heads,
+    /// Base of the angles.
+    pub theta: f64,
+}
+
 /// What follows a matrix product, in this order.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Epilogue {
@@ -31,20 +44,47 @@ pub struct Epilogue {
     pub activation: Activation,
     /// Added at last; of the result's shape.
     pub residual: Option<Tensor>,
+    /// Or, with neither of the two, its heads turn.
+    pub rotary: Option<Rotary>,
 }
 
-#[derive(Debug)]
+/// The left factor of a product: a tensor, or SwiGLU of one, which the gradient then reaches without that of the
+/// factor being stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Factor {
+    x: Tensor,
+    pre: Option<Tensor>,
+}
+
+impl Factor {
+    /// The factor itself.
+    pub fn tensor(self) -> Tensor {
+        self.x
+    }
+}
+
+impl From<Tensor> for Factor {
+    fn from(x: Tensor) -> Factor {
+        Factor { x, pre: None }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
 struct Linear {
     bias: bool,
     activation: Activation,
     residual: bool,
+    rotary: Option<Rope>,
     precision: Precision,
+    /// What the left factor is SwiGLU of.
+    pre: Option<Tensor>,
 }
 
-/// `dx = dy w`.
+/// `dx = dy w`; or, where x is SwiGLU of `pre`, the gradient of that.
 #[derive(Debug)]
 struct LinearDx {
     precision: Precision,
+    gated: bool,
 }
 
 /// `dw = dy^T x`, added to an accumulator where there is one.
@@ -58,14 +98,34 @@ impl Graph {
     /// `x [N, K]` times the transpose of `w [M, K]`, and what follows it: `[N, M]`, or `[N, M / 2]`
     /// after SwiGLU.
     #[track_caller]
-    pub fn linear(&mut self, x: Tensor, w: Tensor, e: Epilogue) -> Tensor {
+    pub fn linear(&mut self, x: impl Into<Factor>, w: Tensor, e: Epilogue) -> Tensor {
+        self.linear_and_pre(x.into(), w, e)[0]
+    }
+
+    /// SwiGLU of `pre [N, 2F]` as the factor of a product.
+    #[track_caller]
+    pub fn gated(&mut self, pre: Tensor) -> Factor {
+        Factor { x: self.swiglu(pre), pre: Some(pre) }
+    }
+
+    /// The same of `x [N, K]` times the transpose of `w [2F, K]`.
+    #[track_caller]
+    pub fn gated_linear(&mut self, x: Tensor, w: Tensor) -> Factor {
+        let e = Epilogue { activation: Activation::SwiGlu, ..Default::default() };
+        let [x, pre] = self.linear_and_pre(x.into(), w, e);
+        Factor { x, pre: Some(pre) }
+    }
+
+    /// The result, and the product before the activation where there is one.
+    #[track_caller]
+    fn linear_and_pre(&mut self, Factor { x, pre }: Factor, w: Tensor, e: Epilogue) -> [Tensor; 2] {
         let (bias, residual) = (e.bias.is_some(), e.residual.is_some());
-        let op = Linear { bias, activation: e.activation, residual, precision: self.precision };
-        let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).collect();
-        match e.activation {
-            Activation::None => self.push::<1>(op, &ins)[0],
-            _ => self.push::<2>(op, &ins)[0],
-        }
+        let rotary = e.rotary.map(|r| Rope { heads: r.heads, theta: r.theta });
+        let (activation, precision) = (e.activation, self.precision);
+        let op = Linear { bias, activation, residual, rotary, precision, pre };
+        let positions = e.rotary.map(|r| r.positions);
+        let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).chain(positions).collect();
+        self.push(op, &ins)
     }
 }
 
@@ -73,6 +133,11 @@ impl Linear {
     /// Position of the residual among the inputs.
     fn residual_at(&self) -> Option<usize> {
         self.residual.then_some(2 + usize::from(self.bias))
+    }
+
+    /// The rotation of the result, and the position of its positions among the inputs.
+    fn rotary_at(&self) -> Option<(Rope, usize)> {
+        self.rotary.map(|rope| (rope, 2 + usize::from(self.bias) + usize::from(self.residual)))
     }
 
     /// Bias, activation and residual over finished rows of the product `pre`, which is stored as `stored`;
@@ -122,6 +187,9 @@ impl Linear {
         let pres = pre.par_chunks_mut((step * m).max(1)).enumerate();
         if width == 0 {
             pres.for_each(|(i, pre)| piece(i, pre, &mut []));
+            if let Some((rope, at)) = self.rotary_at() {
+                rope.run(&[], ins[at].i32(), pre, 1.0, cpu);
+            }
         } else {
             pres.zip(y.par_chunks_mut(step * width)).for_each(|((i, pre), y)| piece(i, pre, y));
         }
@@ -134,7 +202,7 @@ impl Op for Linear {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        floats(ins)?;
+        floats(&ins[..ins.len() - usize::from(self.rotary.is_some())])?;
         let (x, w) = (ins[0], ins[1]);
         if w.shape.dims().len() != 2 || x.shape.last() != w.shape.last() {
             return Err(format!("inner dimensions differ: {x:?} times the transpose of {w:?}"));
@@ -154,24 +222,44 @@ impl Op for Linear {
             return Err(format!("residual {:?} does not fit {y:?}", ins[r]));
         }
         let (y, pre) = (Spec::new(y, x.dtype), Spec::new(pre, x.dtype));
+        if let Some((rope, at)) = self.rotary_at() {
+            if self.residual || self.activation != Activation::None {
+                return Err("heads turn in place of an activation or a residual, not beside them".into());
+            }
+            rope.infer(&[y, ins[at]])?;
+        }
         Ok(if self.activation == Activation::None { vec![y] } else { vec![y, pre] })
     }
 
-    fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
-        product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads)
+    fn workspace(&self, ins: &[Spec], outs: &[Spec], threads: usize) -> Vec<usize> {
+        let product = product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads);
+        match self.rotary {
+            Some(rope) => most([product, rope.space(outs[0])]),
+            None => product,
+        }
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => self.run::<T>(ins, outs, cpu));
     }
 
-    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::forward(self, ins, on)
+    /// Heads that turn after they were stored.
+    fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+        let (rope, at) = self.rotary_at()?;
+        let product = Linear { rotary: None, ..*self };
+        let y = agreement::stored(product, &specs[..at], &ins[..at])?.pop()?;
+        let qkv = product.infer(&specs[..at]).ok()?[0];
+        agreement::stored(rope, &[qkv, specs[at]], &[y, ins[at].clone()])
+    }
+
+    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::forward(self, ins, outs, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
-        Cost { flops: product, bytes: traffic(ins, outs) }
+        let turned = self.rotary.map_or(0, |rope| rope.flops(outs[0]));
+        Cost { flops: product + turned, bytes: traffic(ins, outs) }
     }
 
     fn precision(&self, ins: &[Spec]) -> Precision {
@@ -179,28 +267,50 @@ impl Op for Linear {
     }
 
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
-        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); n.ins.len()]) };
+        let stop = Grad::Stop("no gradient arrived");
         let (x, w) = (n.ins[0], n.ins[1]);
-        let dpre = match self.activation {
-            Activation::None => dy,
+        let of_result = d[0].map(|dy| match self.activation {
+            Activation::None => match self.rotary_at() {
+                Some((rope, at)) => g.push::<1>(RopeBwd(rope), &[dy, n.ins[at]])[0],
+                None => dy,
+            },
             Activation::Silu => g.push::<1>(SiluBwd, &[n.outs[1], dy])[0],
             Activation::SwiGlu => g.push::<1>(SwiGluBwd, &[n.outs[1], dy])[0],
+        });
+        // A product whose factor this result is gives its gradient to what was activated.
+        let dpre = match (of_result, d.get(1).copied().flatten()) {
+            (Some(a), Some(b)) => g.add(a, b),
+            (one, other) => match one.or(other) {
+                Some(dpre) => dpre,
+                None => return Ok(vec![stop; n.ins.len()]),
+            },
         };
         let precision = self.precision;
-        let [dx] = g.push(LinearDx { precision }, &[dpre, w]);
+        // The weight's comes first, so that dx may lie where x did.
         let dw = match g.accumulator(w) {
             Some(sum) => {
                 Grad::Into(g.push::<1>(LinearDw { accumulate: true, precision }, &[dpre, x, sum])[0])
             }
             None => Grad::To(g.push::<1>(LinearDw { accumulate: false, precision }, &[dpre, x])[0]),
         };
-        let mut grads = vec![Grad::To(dx), dw];
+        let dx = match self.pre {
+            None => Grad::To(g.push::<1>(LinearDx { precision, gated: false }, &[dpre, w])[0]),
+            Some(pre) => {
+                let [d] = g.push(LinearDx { precision, gated: true }, &[dpre, w, pre]);
+                g.arrive(pre, d);
+                Grad::Stop("it goes to what SwiGLU made it of")
+            }
+        };
+        let mut grads = vec![dx, dw];
         if self.bias {
             let db = column_sum(g, dpre, n.ins[2]);
             grads.push(g.give(n.ins[2], db));
         }
         if self.residual {
-            grads.push(Grad::To(dy));
+            grads.push(d[0].map_or(stop, Grad::To));
+        }
+        if self.rotary.is_some() {
+            grads.push(Grad::Integer);
         }
         Ok(grads)
     }
@@ -212,19 +322,40 @@ impl Op for LinearDx {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let [dy, w] = operands(ins)?;
-        Ok(vec![Spec::new(dy.shape.with_last(w.shape.last()), dy.dtype)])
+        let (dy, w) = (ins[0], ins[1]);
+        let dx = Spec::new(dy.shape.with_last(w.shape.last()), dy.dtype);
+        if !self.gated {
+            return Ok(vec![dx]);
+        }
+        let pre = ins[2];
+        if pre != Spec::new(dx.shape.with_last(2 * dx.shape.last()), dx.dtype) {
+            return Err(format!("{dx:?} is no gradient of SwiGLU of {pre:?}"));
+        }
+        Ok(vec![pre])
     }
 
     fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
-        product_space(ins[0].shape.rows(), true, ins[0].dtype, self.precision, threads)
+        let (rows, width) = (ins[0].shape.rows(), ins[1].shape.last());
+        let product = product_space(rows, true, ins[0].dtype, self.precision, threads);
+        let gated = self.gated.then(|| rows * width * ins[0].dtype.accumulator().size());
+        product.into_iter().chain(gated).collect()
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
             let (dy, w) = (Mat::new(T::read(&ins[0]), n, m), Mat::new(T::read(&ins[1]), m, k));
-            matmul(T::write(&mut outs[0]), dy, w, false, self.precision, cpu);
+            let to = T::write(&mut outs[0]);
+            if !self.gated {
+                return matmul(to, dy, w, false, self.precision, cpu);
+            }
+            let pre = T::read(&ins[2]);
+            cpu.scratch(n * k, |dx: &mut [T]| {
+                matmul(dx, dy, w, false, self.precision, cpu);
+                let chunk = chunk_rows(2);
+                let rows = to.par_chunks_mut(2 * chunk).zip(pre.par_chunks(2 * chunk)).zip(dx.par_chunks(chunk));
+                rows.for_each(|((to, pre), dx)| simd!(swiglu_bwd_row(pre, dx, to)));
+            });
         });
     }
 
@@ -309,11 +440,32 @@ pub(super) fn cases() -> Vec<Case> {
     };
     let fused = |name: &str, activation| {
         Case::new("linear", name, move |g, x| {
-            let e = Epilogue { bias: Some(x[2]), activation, residual: Some(x[3]) };
+            let e = Epilogue { bias: Some(x[2]), activation, residual: Some(x[3]), rotary: None };
             vec![g.linear(x[0], x[1], e)]
         })
     };
+    // A product of what is gated, whose gradient goes to gate and up; and the network that it belongs to.
+    let gated = |n: usize, k: usize, m: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| {
+            let h = g.gated(x[0]);
+            vec![g.linear(h, x[1], Epilogue::default())]
+        };
+        Case::new("linear", format!("{n}x{k}x{m}, gated"), build).normal([n, 2 * k]).normal([m, k])
+    };
+    let network = |name: &str, twice: bool| {
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let h = g.gated_linear(x[0], x[1]);
+            let y = g.linear(h, x[2], Epilogue { residual: Some(x[0]), ..Default::default() });
+            if twice { vec![y, h.tensor()] } else { vec![y] }
+        };
+        Case::new("linear", name, build).normal([21, 8]).normal([48, 8]).normal([8, 24])
+    };
     let mut cases = vec![
+        gated(1, 1, 1),
+        gated(7, 13, 5),
+        gated(131, 29, 67),
+        network("feed-forward", false),
+        network("feed-forward whose middle is a result too", true),
         plain(1, 1, 1),
         plain(7, 13, 5),
         plain(131, 29, 67),
@@ -405,6 +557,7 @@ pub(super) fn cases() -> Vec<Case> {
     ];
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).large()));
     cases.extend(products.map(|(n, k, m)| plain(n, k, m).accumulating().large()));
+    cases.extend(products.map(|(n, k, m)| gated(n, k, m).large()));
     let narrow = products.into_iter().step_by(4);
     cases.extend(narrow.map(|(n, k, m)| plain(n, k, m).accumulating_in(DType::Bf16).large()));
     // Few rows, as in decoding: every number that has a kernel, and depths that wrap a warp's step.
@@ -444,6 +597,7 @@ pub(super) fn cases() -> Vec<Case> {
                     bias: bias.then(|| x[2]),
                     activation,
                     residual: residual.then(|| x[2 + usize::from(bias)]),
+                    rotary: None,
                 };
                 vec![g.linear(x[0], x[1], e)]
             };
@@ -458,5 +612,42 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(case.large());
         }
     }
+    cases.extend(rotary_cases());
     cases
+}
+
+/// Heads that turn: on few rows and on many, with and without bias, rows in use and others.
+fn rotary_cases() -> Vec<Case> {
+    let case = |n: usize, k: usize, heads: Heads, bias: bool| {
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let rotary = Some(Rotary { positions: x[2], heads, theta: 1e4 });
+            let e = Epilogue { bias: bias.then(|| x[3]), rotary, ..Epilogue::default() };
+            vec![g.linear(x[0], x[1], e)]
+        };
+        let at = |i: usize| match i % 7 {
+            3 => -1,
+            4 => 100_003 + i as i32,
+            _ => (i % 1021) as i32,
+        };
+        let m = heads.packed_width();
+        let name = format!("{n}x{k}x{m}, {heads:?}, bias {bias}");
+        let case = Case::new("linear", name, build).normal([n, k]).floats([m, k], Fill::Normal(0.3));
+        let case = case.ints([n], &(0..n).map(at).collect::<Vec<_>>());
+        if bias { case.normal([m]) } else { case }
+    };
+    let heads = |heads, kv_heads, width| Heads { heads, kv_heads, width };
+    let small = [case(5, 7, heads(2, 1, 6), false), case(9, 5, heads(1, 1, 2), true)];
+    let large = [
+        (1, 40, heads(2, 1, 32), false),
+        (6, 136, heads(1, 1, 64), true),
+        (37, 72, heads(3, 1, 24), false),
+        (130, 520, heads(2, 1, 64), true),
+        (257, 200, heads(3, 3, 32), false),
+        (300, 136, heads(4, 1, 64), true),
+        (67, 264, heads(1, 1, 128), false),
+        (193, 200, heads(1, 1, 256), true),
+        (269, 72, heads(5, 2, 40), false),
+        (139, 264, heads(9, 4, 8), true),
+    ];
+    small.into_iter().chain(large.map(|(n, k, h, bias)| case(n, k, h, bias).large())).collect()
 }

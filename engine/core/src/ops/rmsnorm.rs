@@ -9,10 +9,22 @@ struct RmsNorm {
     eps: f64,
 }
 
-/// `dx` and `dw`; `dw` is added to an accumulator where there is one.
+/// `dx` and `dw`; `dx` is added to what has arrived of it, `dw` to an accumulator, where there is one.
 #[derive(Debug)]
 struct RmsNormBwd {
+    arrived: bool,
     accumulate: bool,
+}
+
+impl RmsNormBwd {
+    /// Positions of the operands that are added to.
+    fn arrived_at(&self) -> Option<usize> {
+        self.arrived.then_some(4)
+    }
+
+    fn sum_at(&self) -> Option<usize> {
+        self.accumulate.then_some(4 + usize::from(self.arrived))
+    }
 }
 
 impl Graph {
@@ -83,16 +95,11 @@ impl Op for RmsNorm {
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("rstd is no result"); 2]) };
         let (x, w, r) = (n.ins[0], n.ins[1], n.outs[1]);
-        Ok(match g.accumulator(w) {
-            Some(sum) => {
-                let [dx, sum] = g.push(RmsNormBwd { accumulate: true }, &[x, w, r, dy, sum]);
-                vec![Grad::To(dx), Grad::Into(sum)]
-            }
-            None => {
-                let [dx, dw] = g.push(RmsNormBwd { accumulate: false }, &[x, w, r, dy]);
-                vec![Grad::To(dx), Grad::To(dw)]
-            }
-        })
+        let (arrived, sum) = (g.take_arrived(x), g.accumulator(w));
+        let op = RmsNormBwd { arrived: arrived.is_some(), accumulate: sum.is_some() };
+        let ins: Vec<Tensor> = [x, w, r, dy].into_iter().chain(arrived).chain(sum).collect();
+        let [dx, dw] = g.push(op, &ins);
+        Ok(vec![Grad::To(dx), if sum.is_some() { Grad::Into(dw) } else { Grad::To(dw) }])
     }
 }
 
@@ -107,8 +114,10 @@ impl Op for RmsNormBwd {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let dw = if self.accumulate { ins[4] } else { Spec::new(ins[1].shape, ins[1].dtype) };
-        Ok(vec![ins[0], dw])
+        if let Some(arrived) = self.arrived_at().map(|i| ins[i]).filter(|&arrived| arrived != ins[0]) {
+            return Err(format!("a gradient {arrived:?} has arrived of {:?}", ins[0]));
+        }
+        Ok(vec![ins[0], self.sum_at().map_or(ins[1], |i| ins[i])])
     }
 
     fn workspace(&self, ins: &[Spec], _: &[Spec], _: usize) -> Vec<usize> {
@@ -121,6 +130,7 @@ impl Op for RmsNormBwd {
         real!(dx, T => {
             let width = dw.shape.last();
             let [x, w, r, dy] = [0, 1, 2, 3].map(|i| T::read(&ins[i]));
+            let arrived = self.arrived_at().map(|i| T::read(&ins[i]));
             let (dx, dw) = (T::write(dx), T::write(dw));
             let chunk = chunk(r.len(), width);
             if !self.accumulate {
@@ -134,7 +144,10 @@ impl Op for RmsNormBwd {
                     for (j, dx) in dx.chunks_mut(width).enumerate() {
                         let n = i * chunk + j;
                         let row = n * width..(n + 1) * width;
-                        backward_row(&x[row.clone()], w, &dy[row], r[n], dx, dw);
+                        backward_row(&x[row.clone()], w, &dy[row.clone()], r[n], dx, dw);
+                        if let Some(arrived) = arrived {
+                            axpy(dx, T::ONE, &arrived[row]);
+                        }
                     }
                 }));
                 parts.chunks(width).for_each(|part| axpy(dw, T::ONE, part));
@@ -143,20 +156,24 @@ impl Op for RmsNormBwd {
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        let alone = RmsNormBwd { accumulate: false };
+        let alone = RmsNormBwd { accumulate: false, ..*self };
         self.accumulate.then(|| agreement::then_added(alone, specs, ins, 1)).flatten()
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::backward(ins, outs, self.accumulate, on)
+        kernels::backward(self, ins, outs, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        Cost { flops: 11 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
+        let each = 11 + u64::from(self.arrived);
+        Cost { flops: each * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
     }
 
     fn memory(&self, out: usize) -> Memory {
-        if out == 1 && self.accumulate { Memory::InPlace { input: 4 } } else { Memory::Own }
+        match self.sum_at() {
+            Some(input) if out == 1 => Memory::InPlace { input },
+            _ => Memory::Own,
+        }
     }
 }
 
@@ -174,6 +191,22 @@ pub(super) fn cases() -> Vec<Case> {
     let case = |n: usize, c: usize| {
         let build = |g: &mut Graph, x: &[Tensor]| vec![g.rmsnorm(x[0], x[1], 1e-5)];
         Case::new("rmsnorm", format!("{n}x{c}"), build).normal([n, c]).normal([c])
+    };
+    // A norm beside a residual, whose gradient arrives before that of the norm or behind it.
+    let residual = |n: usize, c: usize, before: bool| {
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let (x, w) = (g.add(x[0], x[1]), x[2]);
+            if before {
+                return vec![g.rmsnorm(x, w, 1e-5), x];
+            }
+            let y = g.add(x, x);
+            vec![y, g.rmsnorm(x, w, 1e-5)]
+        };
+        let order = if before { "before" } else { "behind" };
+        Case::new("rmsnorm", format!("{n}x{c}, residual {order}"), build)
+            .normal([n, c])
+            .normal([n, c])
+            .normal([c])
     };
     let small =
         [(7, 13), (1, 1), (131, 48), (613, 128), (1, 8), (2, 24), (9, 8), (31, 40), (5, 72), (67, 16)];
@@ -205,8 +238,14 @@ pub(super) fn cases() -> Vec<Case> {
         (257, 320),
     ];
     let large = large.into_iter().map(|(n, c)| case(n, c).large());
+    let shared =
+        [(7, 13), (131, 48), (1, 8), (9, 8)].map(|(n, c)| [residual(n, c, true), residual(n, c, false)]);
+    // Every layout, as a transformer has it.
+    let arrived = [(31, 40), (17, 248), (13, 520), (29, 1024), (11, 1032), (3, 4096), (2, 4104), (4513, 8)];
+    let arrived = arrived.map(|(n, c)| residual(n, c, true).accumulating().large());
     let sums = [(37, 40), (301, 1024), (5, 1032)].map(|(n, c)| case(n, c).accumulating().large());
     let narrow = [case(9, 8), case(301, 1024).large(), case(5, 1032).large()];
     let narrow = narrow.map(|case| case.accumulating_in(DType::Bf16));
-    small.into_iter().map(|(n, c)| case(n, c)).chain(large).chain(sums).chain(narrow).collect()
+    let small = small.into_iter().map(|(n, c)| case(n, c));
+    small.chain(large).chain(shared.into_iter().flatten()).chain(arrived).chain(sums).chain(narrow).collect()
 }

@@ -6,14 +6,14 @@
 use super::{Heads, lots, prelude::*};
 
 #[derive(Debug, Clone, Copy)]
-struct Rope {
-    heads: Heads,
-    theta: f64,
+pub(super) struct Rope {
+    pub heads: Heads,
+    pub theta: f64,
 }
 
 /// The rotation back, in memory of its own: others may read the gradient that arrives.
 #[derive(Debug)]
-struct RopeBwd(Rope);
+pub(super) struct RopeBwd(pub Rope);
 
 impl Graph {
     /// Turns the q and k heads of `qkv [.., (H + 2 Hkv) D]`, in place, by `positions` (i32, one for
@@ -35,7 +35,7 @@ fn turn<T: Real>(head: &mut [T], table: &[T]) {
 impl Rope {
     /// Turns the rows of `y` by `sign` times their angles; rows of `x`, if there are any, are copied
     /// into `y` before.
-    fn run<T: Real>(&self, x: &[T], positions: &[i32], y: &mut [T], sign: f64, cpu: &Cpu) {
+    pub(super) fn run<T: Real>(&self, x: &[T], positions: &[i32], y: &mut [T], sign: f64, cpu: &Cpu) {
         let (packed, width) = (self.heads.packed_width(), self.heads.width);
         let chunk = chunk_rows(packed);
         // Angles of one step, and for each chunk the turns of its current row.
@@ -57,7 +57,7 @@ impl Rope {
     }
 
     /// Bytes of what [`Rope::run`] borrows for rows of `x`.
-    fn space(&self, x: Spec) -> Vec<usize> {
+    pub(super) fn space(&self, x: Spec) -> Vec<usize> {
         let chunks = x.shape.rows().div_ceil(chunk_rows(self.heads.packed_width()));
         let tables = chunks * self.heads.width * x.dtype.accumulator().size();
         vec![self.heads.width / 2 * size_of::<f64>(), tables]
@@ -79,10 +79,14 @@ const TOGETHER: u32 = 4;
 const SM_THREADS: u32 = 1024;
 
 impl Rope {
-    /// The pass over the rows: forward over the q and k heads in place, backward over all.
-    fn launch(&self, pass: &str, args: Vec<Arg>, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
-        let (x, width) = (ins[0], size(self.heads.width)?);
-        let entry = format!("rope_{pass}_{}", lots::suffix(x.dtype, x.dtype)?);
+    /// What turns the q and k heads of `y` in place.
+    pub(super) fn forward(&self, y: Arg, positions: Arg, qkv: Spec, on: &Target) -> Result<Launch, String> {
+        self.launch("fwd", vec![y, positions], qkv, on)
+    }
+
+    /// theta^(-2/D) as a fraction of 2^64, for heads that kernels turn.
+    pub(super) fn ratio(&self) -> Result<u64, String> {
+        let width = self.heads.width;
         if !width.is_multiple_of(8) {
             return Err(format!(
                 "heads of {width} columns are no multiple of 8; use another width, or the CPU device"
@@ -91,6 +95,13 @@ impl Rope {
         if self.theta < 1.0 {
             return Err(format!("theta is {}; the kernel takes 1 and more; use the CPU device", self.theta));
         }
+        Ok((self.theta.powf(-2.0 / width as f64) * 2f64.powi(64)) as u64)
+    }
+
+    /// The pass over the rows: forward over the q and k heads in place, backward over all.
+    fn launch(&self, pass: &str, args: Vec<Arg>, x: Spec, on: &Target) -> Result<Launch, String> {
+        let (width, ratio) = (size(self.heads.width)?, self.ratio()?);
+        let entry = format!("rope_{pass}_{}", lots::suffix(x.dtype, x.dtype)?);
         size(x.shape.numel())?;
         let (rows, vectors) = (size(x.shape.rows())?, width / lots::lot(&[x.dtype]));
         let turning = size(self.heads.heads + self.heads.kv_heads)?;
@@ -99,19 +110,16 @@ impl Rope {
         let shares = (on.sms * SM_THREADS).div_ceil((rows * vectors).max(1)).clamp(1, walked);
         let together = walked.div_ceil(shares).max(TOGETHER);
         let items = rows * walked.div_ceil(together) * vectors;
-        // theta^(-2/D) as a fraction of 2^64.
-        let ratio = (self.theta.powf(-2.0 / f64::from(width)) * 2f64.powi(64)) as u64;
         let sizes = [rows, width, heads, turning, together].map(Arg::U32);
         let args = args.into_iter().chain(sizes).chain([Arg::U64(ratio)]).collect();
         let grid = [lots::blocks(items, lots::THREADS, on), 1, 1];
-        Ok(lots::single(Launch::kernel(entry, grid, lots::THREADS, 4 * width, args)))
+        Ok(Launch::kernel(entry, grid, lots::THREADS, 4 * width, args))
     }
-}
 
-/// Multiplications and additions on the pairs of the q and k heads; sines are not counted.
-fn flops(heads: Heads, ins: &[Spec]) -> u64 {
-    let pairs = ins[0].shape.rows() * heads.qk_columns() / 2;
-    6 * pairs as u64
+    /// Multiplications and additions on the pairs of the q and k heads of `qkv`; sines are not counted.
+    pub(super) fn flops(&self, qkv: Spec) -> u64 {
+        6 * (qkv.shape.rows() * self.heads.qk_columns() / 2) as u64
+    }
 }
 
 impl Op for Rope {
@@ -145,13 +153,13 @@ impl Op for Rope {
     }
 
     fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
-        self.launch("fwd", vec![Arg::output(0), Arg::input(1)], ins, on)
+        Ok(lots::single(self.forward(Arg::output(0), Arg::input(1), ins[0], on)?))
     }
 
     /// The value heads stay where they are.
     fn cost(&self, ins: &[Spec], _: &[Spec]) -> Cost {
         let turned = ins[0].shape.rows() * self.heads.qk_columns() * ins[0].dtype.size();
-        Cost { flops: flops(self.heads, ins), bytes: (2 * turned + ins[1].bytes()) as u64 }
+        Cost { flops: self.flops(ins[0]), bytes: (2 * turned + ins[1].bytes()) as u64 }
     }
 
     fn memory(&self, _: usize) -> Memory {
@@ -185,11 +193,12 @@ impl Op for RopeBwd {
     }
 
     fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
-        self.0.launch("bwd", vec![Arg::output(0), Arg::input(0), Arg::input(1)], ins, on)
+        let args = vec![Arg::output(0), Arg::input(0), Arg::input(1)];
+        Ok(lots::single(self.0.launch("bwd", args, ins[0], on)?))
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        Cost { flops: flops(self.0.heads, ins), bytes: traffic(ins, outs) }
+        Cost { flops: self.0.flops(ins[0]), bytes: traffic(ins, outs) }
     }
 }
 

@@ -57,7 +57,7 @@ pub(super) fn swiglu_row<T: Real>(x: &[T], y: &mut [T]) {
 
 /// One row of the gradient of SwiGLU.
 #[inline(always)]
-fn swiglu_bwd_row<T: Real>(x: &[T], dy: &[T], dx: &mut [T]) {
+pub(super) fn swiglu_bwd_row<T: Real>(x: &[T], dy: &[T], dx: &mut [T]) {
     let (dxs, rest) = dx.as_chunks_mut::<PAIRS>();
     let whole = dxs.len() * LANES;
     for ((dx, x), dy) in dxs.iter_mut().zip(x.as_chunks::<PAIRS>().0).zip(dy.as_chunks::<LANES>().0) {

@@ -1,6 +1,6 @@
 //! What `kernels-cu/{adamw,sum_squares,clip,ema}.cu` are launched with.
 use super::super::prelude::*;
-use super::AdamW;
+use super::{AdamW, TOGETHER};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -59,12 +59,22 @@ pub(super) fn adamw(h: &AdamW, ins: &[Spec], outs: &[Spec], on: &Target) -> Resu
 }
 
 pub(super) fn sum_squares(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
-    let (sum, x) = (ins[0], ins[1]);
+    let Some((&sum, xs)) = ins.split_first() else { return Ok(Kernels::default()) };
+    let Some(&x) = xs.first() else { return Err("there is nothing to sum".into()) };
     singles("sums", &[sum])?;
+    if let Some(other) = xs.iter().find(|other| other.dtype != x.dtype) {
+        return Err(format!("{x:?} and {other:?} differ in type; sum their squares one after the other"));
+    }
     let entry = format!("sum_squares_parts_{}", stored(x)?);
-    let count = size(x.shape.numel())?;
-    let parts = blocks(count, 16 / x.dtype.size() as u32, on);
-    let part_pass = launch(entry, parts, vec![Arg::scratch(0), Arg::input(1), Arg::U32(count)]);
+    let counts = xs.iter().map(|x| size(x.shape.numel())).collect::<Result<Vec<u32>, _>>()?;
+    // What is not there is named all the same, and nothing of it is read.
+    let nothing = TOGETHER - xs.len();
+    let operands = (1..ins.len()).chain(std::iter::repeat_n(1, nothing)).map(Arg::input);
+    let sizes = counts.iter().copied().chain(std::iter::repeat_n(0, nothing)).map(Arg::U32);
+    let all = counts.iter().fold(0u32, |all, &n| all.saturating_add(n));
+    let parts = blocks(all, 16 / x.dtype.size() as u32, on);
+    let part_pass =
+        launch(entry, parts, [Arg::scratch(0)].into_iter().chain(operands).chain(sizes).collect());
     let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(parts)];
     let add_pass = launch("sum_squares_add_f32".into(), parts.min(1), args);
     Ok(Kernels { scratch: vec![parts as usize * 4], launches: vec![part_pass, add_pass] })
@@ -115,6 +125,9 @@ mod tests {
         let (sum, x) = (Spec::new([1], DType::F32), Spec::new([2049], DType::Bf16));
         let k = sum_squares(&[sum, x], &Target::A100).unwrap();
         assert_eq!((k.scratch[0], k.launches.len()), (2 * 4, 2));
+        let k = sum_squares(&[sum, x, x, x], &Target::A100).unwrap();
+        assert_eq!((k.scratch[0], k.launches.len()), (4 * 4, 2));
+        assert!(sum_squares(&[sum, x, sum], &Target::A100).unwrap_err().contains("differ"));
         let wide = Spec::new([8], DType::F64);
         assert!(sum_squares(&[sum, wide], &Target::A100).unwrap_err().contains("bf16"));
     }

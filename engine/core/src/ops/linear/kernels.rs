@@ -1,6 +1,6 @@
 //! What `kernels-cu/linear.cu` and, for few rows, `linear_few.cu` are launched with; on Hopper `linear_wgmma.cu`.
 use super::super::prelude::*;
-use super::{Activation, Linear};
+use super::{Activation, Linear, Rope};
 use crate::launch::Geometry;
 
 /// The part of a product that one block makes, and what is known of the kernels that make it.
@@ -62,7 +62,7 @@ const HOPPER: [Tile; 3] = {
         rows: 128,
         columns: 256,
         threads: 384,
-        shared: 217_152,
+        shared: 218_192,
         stage: BOX,
         splits: true,
         cluster: 2,
@@ -70,8 +70,8 @@ const HOPPER: [Tile; 3] = {
         idle: [192, 64],
     };
     let apart =
-        Tile { name: "wgmma_128x192", columns: 192, shared: 225_376, rate: 1.57, idle: [0, 256], ..together };
-    let few = Tile { name: "wgmma_64x128", rows: 64, columns: 128, shared: 217_232, rate: 1.0, ..apart };
+        Tile { name: "wgmma_128x192", columns: 192, shared: 226_400, rate: 1.57, idle: [0, 256], ..together };
+    let few = Tile { name: "wgmma_64x128", rows: 64, columns: 128, shared: 218_256, rate: 1.0, ..apart };
     [together, apart, few]
 };
 /// Elements of a row that a tensor map copies at once: as many as its swizzle spans, 128 bytes.
@@ -223,6 +223,8 @@ struct Forward {
     bias: Option<Arg>,
     residual: Option<Arg>,
     activation: Activation,
+    /// The rotation of the result, its positions, and what it turns.
+    rotary: Option<(Rope, Arg, Spec)>,
 }
 
 /// Numbers of rows that there are kernels for, which read the weight once and leave the tensor cores alone, and the
@@ -267,11 +269,37 @@ impl Forward {
         };
         Ok(product.launches(vec![launch]))
     }
+
+    /// The same, and the heads of the result turn: in the product on Hopper, where each comes in whole vectors.
+    fn rotated(&self, product: Product, on: &Target) -> Result<Vec<Launch>, String> {
+        let Some((rope, positions, qkv)) = &self.rotary else { return self.launches(product, on) };
+        let extents =
+            Extents { n: product.rows as usize, k: product.depth as usize, m: product.columns as usize };
+        let Some(ending) = Ending::of(extents, on)?.filter(|_| rope.heads.width <= MOST_WIDTH) else {
+            let turned = rope.forward(self.y.clone(), positions.clone(), *qkv, on)?;
+            return Ok(self
+                .launches(product, on)?
+                .into_iter()
+                .chain(product.launches(vec![turned]))
+                .collect());
+        };
+        let bias = self.bias.as_ref().unwrap_or(&self.w).clone();
+        let (width, turning) = (size(rope.heads.width)?, size(rope.heads.qk_columns())?);
+        let sizes =
+            [product.rows, product.columns, product.depth, self.bias.is_some().into(), width, turning];
+        let reads = [bias, positions.clone()].into_iter().chain(sizes.map(Arg::U32));
+        let rest = reads.chain([Arg::U64(rope.ratio()?)]).collect();
+        let (outs, factors) = (vec![self.y.clone()], [&self.x, &self.w]);
+        Ok(vec![ending.launch("linear_fwd_rope", outs, factors, product.columns, rest, on)])
+    }
 }
 
-pub(super) fn forward(op: &Linear, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+/// Columns of a head whose frequencies kernels have room for.
+const MOST_WIDTH: usize = 256;
+
+pub(super) fn forward(op: &Linear, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
     let (n, k, m) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.rows());
-    check(ins, &[k, m])?;
+    check(&ins[..ins.len() - usize::from(op.rotary.is_some())], &[k, m])?;
     let forward = Forward {
         y: Arg::output(0),
         x: Arg::input(0),
@@ -280,8 +308,9 @@ pub(super) fn forward(op: &Linear, ins: &[Spec], on: &Target) -> Result<Kernels,
         bias: op.bias.then(|| Arg::input(2)),
         residual: op.residual_at().map(Arg::input),
         activation: op.activation,
+        rotary: op.rotary_at().map(|(rope, at)| (rope, Arg::input(at), outs[0])),
     };
-    Ok(Kernels { scratch: vec![], launches: forward.launches(Product::new(n, m, k)?, on)? })
+    Ok(Kernels { scratch: vec![], launches: forward.rotated(Product::new(n, m, k)?, on)? })
 }
 
 /// Extents of a product and its gradients: `x [N, K]`, `w [M, K]`.
@@ -300,7 +329,7 @@ pub(in crate::ops) fn product(
     on: &Target,
 ) -> Result<Vec<Launch>, String> {
     let none = Activation::None;
-    let forward = Forward { y, x, w, pre: None, bias: None, residual: None, activation: none };
+    let forward = Forward { y, x, w, pre: None, bias: None, residual: None, activation: none, rotary: None };
     forward.launches(Product::new(e.n, e.m, e.k)?, on)
 }
 
@@ -349,13 +378,25 @@ pub(in crate::ops) fn input_gradient(
     e: Extents,
     on: &Target,
 ) -> Result<Vec<Launch>, String> {
+    input_or_gate_gradient(dx, dy, w, None, e, on)
+}
+
+/// The same; or of what SwiGLU made `x` of, from that.
+fn input_or_gate_gradient(
+    to: Arg,
+    dy: Arg,
+    w: Arg,
+    pre: Option<Arg>,
+    e: Extents,
+    on: &Target,
+) -> Result<Vec<Launch>, String> {
     let product = Product::new(e.n, e.k, e.m)?;
     let (tile, _) = product.choose(&TILES, 1, on)?;
+    let variant = if pre.is_some() { "swiglu_" } else { "" };
     let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
     let factors = [product.left(&dy, true, tile), product.right(&w, false, tile)];
-    let args = [dx].into_iter().chain(factors).chain(sizes).collect();
-    let entry = format!("linear_dx_{}_bf16", tile.name);
-    let launch = product.launch(entry, tile, 1, args, on);
+    let args = [to].into_iter().chain(factors).chain(pre).chain(sizes).collect();
+    let launch = product.launch(format!("linear_dx_{variant}{}_bf16", tile.name), tile, 1, args, on);
     Ok(product.launches(vec![launch]))
 }
 
@@ -415,8 +456,10 @@ pub(in crate::ops) fn sum_parts(dw: &WeightGradient, count: usize, parts: u32) -
 pub(super) fn backward_input(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
     let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
     check(ins, &[k, m])?;
-    let [dx, dy, w] = [Arg::output(0), Arg::input(0), Arg::input(1)];
-    Ok(Kernels { scratch: vec![], launches: input_gradient(dx, dy, w, Extents { n, k, m }, on)? })
+    let [to, dy, w] = [Arg::output(0), Arg::input(0), Arg::input(1)];
+    let pre = ins.get(2).map(|_| Arg::input(2));
+    let launches = input_or_gate_gradient(to, dy, w, pre, Extents { n, k, m }, on)?;
+    Ok(Kernels { scratch: vec![], launches })
 }
 
 pub(super) fn backward_weight(
@@ -451,11 +494,17 @@ mod tests {
         kernels.launches.iter().map(of).collect()
     }
 
+    fn forward(op: &Linear, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+        super::forward(op, ins, &op.infer(ins)?, on)
+    }
+
     const PLAIN: Linear = Linear {
         bias: false,
         activation: Activation::None,
         residual: false,
+        rotary: None,
         precision: crate::cpu::Precision::F32,
+        pre: None,
     };
 
     #[test]
@@ -511,6 +560,18 @@ mod tests {
             })
             .collect();
         assert_eq!(boxes, [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 32])]);
+    }
+
+    #[test]
+    fn what_is_gated_takes_no_pass_of_its_own() {
+        let ins = [spec([8192, 2048]), spec([2048, 5504]), spec([8192, 11_008])];
+        for (on, entry) in [
+            (Target::A100, "linear_dx_swiglu_128x256_bf16"),
+            (Target::H200, "linear_dx_swiglu_wgmma_128x256_bf16"),
+        ] {
+            let k = backward_input(&ins, &on).unwrap();
+            assert_eq!((k.scratch.len(), k.launches.len(), launches(&k)[0].0), (0, 1, entry));
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What `kernels-cu/rmsnorm.cu` is launched with.
 use super::super::prelude::*;
+use super::RmsNormBwd;
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -63,12 +64,7 @@ pub(super) fn forward(ins: &[Spec], eps: f64, on: &Target) -> Result<Kernels, St
     Ok(Kernels { scratch: vec![], launches: vec![Launch::kernel(entry, grid, THREADS, 0, args)] })
 }
 
-pub(super) fn backward(
-    ins: &[Spec],
-    outs: &[Spec],
-    accumulate: bool,
-    on: &Target,
-) -> Result<Kernels, String> {
+pub(super) fn backward(op: &RmsNormBwd, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
     let rows = Layout::new(ins[0], ins[1])?;
     let dw = outs[1].dtype;
     if !matches!(dw, DType::Bf16 | DType::F32) {
@@ -86,12 +82,15 @@ pub(super) fn backward(
         Arg::input(1),
         Arg::input(2),
         Arg::input(3),
+        // An operand that is not there is named all the same, and not read.
+        Arg::input(op.arrived_at().unwrap_or(3)),
         Arg::U32(rows.rows),
         width.clone(),
+        Arg::U32(op.arrived.into()),
     ];
     let entry = format!("rmsnorm_bwd_{}", rows.suffix);
     let rows_pass = Launch::kernel(entry, [parts, 1, 1], THREADS, shared, args);
-    let args = vec![Arg::output(1), Arg::scratch(0), count, width, Arg::U32(accumulate.into())];
+    let args = vec![Arg::output(1), Arg::scratch(0), count, width, Arg::U32(op.accumulate.into())];
     let entry = format!("rmsnorm_bwd_sum_{}", dw.name());
     let sum_pass = Launch::kernel(entry, [rows.width.div_ceil(32), 1, 1], THREADS, 0, args);
     Ok(Kernels { scratch: vec![parts as usize * row_bytes as usize], launches: vec![rows_pass, sum_pass] })
@@ -131,7 +130,8 @@ mod tests {
         let [x, w] = specs(100, 768, DType::Bf16);
         let r = Spec::new([100], DType::F32);
         let sum = Spec::new([768], DType::F32);
-        let k = backward(&[x, w, r, x, sum], &[x, sum], true, &Target::H200).unwrap();
+        let op = RmsNormBwd { arrived: false, accumulate: true };
+        let k = backward(&op, &[x, w, r, x, sum], &[x, sum], &Target::H200).unwrap();
         assert_eq!(k.scratch, [13 * 768 * 4]);
         assert_eq!(
             launches(&k),
