@@ -9,6 +9,7 @@ use super::{
     swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_bwd_row, swiglu_row},
 };
 use crate::{agreement, tensor::Host};
+use std::fmt;
 
 pub(super) mod kernels;
 
@@ -76,8 +77,18 @@ struct Linear {
     residual: bool,
     rotary: Option<Rope>,
     precision: Precision,
-    /// What the left factor is SwiGLU of.
-    pre: Option<Tensor>,
+    gated: Gated,
+}
+
+/// What the left factor of a product is SwiGLU of. Only the adjoint asks for it: ops that differ in nothing else are
+/// written alike.
+#[derive(Clone, Copy)]
+struct Gated(Option<Tensor>);
+
+impl fmt::Debug for Gated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0.is_some(), f)
+    }
 }
 
 /// `dx = dy w`; or, where x is SwiGLU of `pre`, the gradient of that.
@@ -122,7 +133,7 @@ impl Graph {
         let (bias, residual) = (e.bias.is_some(), e.residual.is_some());
         let rotary = e.rotary.map(|r| Rope { heads: r.heads, theta: r.theta });
         let (activation, precision) = (e.activation, self.precision);
-        let op = Linear { bias, activation, residual, rotary, precision, pre };
+        let op = Linear { bias, activation, residual, rotary, precision, gated: Gated(pre) };
         let positions = e.rotary.map(|r| r.positions);
         let ins: Vec<Tensor> = [x, w].into_iter().chain(e.bias).chain(e.residual).chain(positions).collect();
         self.push(op, &ins)
@@ -293,7 +304,7 @@ impl Op for Linear {
             }
             None => Grad::To(g.push::<1>(LinearDw { accumulate: false, precision }, &[dpre, x])[0]),
         };
-        let dx = match self.pre {
+        let dx = match self.gated.0 {
             None => Grad::To(g.push::<1>(LinearDx { precision, gated: false }, &[dpre, w])[0]),
             Some(pre) => {
                 let [d] = g.push(LinearDx { precision, gated: true }, &[dpre, w, pre]);

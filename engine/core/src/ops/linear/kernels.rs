@@ -479,7 +479,7 @@ pub(super) fn backward_weight(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Gated, *};
     use crate::launch::Operand;
 
     fn spec<const N: usize>(dims: [usize; N]) -> Spec {
@@ -504,7 +504,7 @@ mod tests {
         residual: false,
         rotary: None,
         precision: crate::cpu::Precision::F32,
-        pre: None,
+        gated: Gated(None),
     };
 
     #[test]
