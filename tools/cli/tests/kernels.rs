@@ -219,7 +219,7 @@ fn a_wrong_kernel_is_found_inside_a_model() {
         assert!(said.starts_with("all ") && said.ends_with(" steps agree\n"), "{program}: {said}");
         said.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
-    assert!(agreed("train") > 150);
+    assert!(agreed("train") > 140);
     let parts: usize = ["prefill", "decode", "commit", "denoise"].map(agreed).iter().sum();
     assert_eq!(agreed("sample"), parts);
     assert!(agreed("eval") < agreed("loss"));
