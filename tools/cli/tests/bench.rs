@@ -126,7 +126,8 @@ fn ops_are_those_of_the_plans() {
     of("loss", "linear").iter().for_each(|row| positive(row, &["tflops", "mfu"]));
     let some = rows(&folder, &format!("ops attention rmsnorm --device cpu {SHORT} {SMALL}"));
     assert!(
-        some.iter().all(|r| ["attention", "rmsnorm"].contains(&r["what"].as_str().unwrap())) && some.len() >= 8
+        some.iter().all(|r| ["attention", "rmsnorm"].contains(&r["what"].as_str().unwrap()))
+            && some.len() >= 8
     );
     let squares = rows(&folder, &format!("ops --group squares --device cpu {SHORT} {SMALL}"));
     let names: Vec<&str> = squares.iter().map(|r| r["what"].as_str().unwrap()).collect();
