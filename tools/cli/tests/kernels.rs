@@ -242,7 +242,7 @@ fn a_wrong_kernel_is_found_inside_a_model() {
     );
     let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels-cu").canonicalize().unwrap();
     for (file, right, wrong, program, found) in [
-        ("swiglu.cu", "s, 1.0f)", "s, 1.1f)", "train", ["of loss (", "swiglu_bwd by swiglu_bwd_bf16"]),
+        ("swiglu.cu", "s, 1.0f)", "s, 1.1f)", "train", ["of loss (", "silu_bwd by silu_bwd_bf16"]),
         (
             "sampler_update.cu",
             "plus(without, guidance",
