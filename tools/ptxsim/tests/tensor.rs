@@ -473,6 +473,49 @@ fn a_cluster_shares_a_multicast_tile() -> Result<()> {
     Ok(())
 }
 
+/// What is found when thread 0 of each of two blocks arrives at the mbarrier of both, `ready` before it and `end` behind
+/// it, and waits for both by a wait of this scope.
+fn arrive_at_both(ready: &str, scope: &str, end: &str) -> Result<Vec<String>> {
+    let body = format!(
+        "
+        mov.u32 %r1, %tid.x; mov.u32 %r3, bar; mov.u32 %r4, %cluster_ctarank; setp.ne.u32 %p1, %r1, 0;
+        mov.u32 %r6, word; ld.param.u64 %rd2, [out]; mul.wide.u32 %rd3, %r4, 4; add.s64 %rd4, %rd2, %rd3;
+        @%p1 bra READY;
+        mbarrier.init.shared::cta.b64 [%r3], 2;
+        fence.mbarrier_init.release.cluster;
+        READY: {ready}
+        @%p1 bra END;
+        xor.b32 %r8, %r4, 1; mapa.shared::cluster.u32 %r9, %r6, %r8; st.shared::cluster.u32 [%r9], %r4;
+        mapa.shared::cluster.u32 %r9, %r3, %r8; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r9];
+        mbarrier.arrive.release.cta.shared::cta.b64 _, [%r3];
+        WAIT: mbarrier.try_wait.parity.acquire.{scope}.shared::cta.b64 %p4, [%r3], 0; @!%p4 bra WAIT;
+        ld.shared.u32 %r10, [%r6]; st.global.u32 [%rd4], %r10;
+        END: {end}"
+    );
+    let text = kernel(&["out"], ".shared .align 4 .b32 word; .shared .align 8 .b64 bar;", &body);
+    let mut found = vec![];
+    for options in schedules() {
+        let mut bench = Bench::new(&text, &["out"]).grid(2);
+        (bench.cluster, bench.options) = (2, options);
+        found.extend(bench.run(&mut [Memory::new(8)])?.findings.into_iter().map(|f| f.message));
+    }
+    Ok(found)
+}
+
+#[test]
+fn blocks_of_a_cluster_meet_before_and_after() -> Result<()> {
+    let meet = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;";
+    assert_eq!(arrive_at_both(meet, "cluster", meet)?, Vec::<String>::new());
+    // What is awaited needs no meeting at the end.
+    assert_eq!(arrive_at_both(meet, "cluster", "")?, Vec::<String>::new());
+    let named =
+        |found: Vec<String>, what: &str| assert!(found.iter().any(|f| f.contains(what)), "{what}: {found:?}");
+    named(arrive_at_both("bar.sync 0;", "cluster", meet)?, "mbarrier.init");
+    named(arrive_at_both(meet, "cta", meet)?, "not ordered after");
+    named(arrive_at_both(meet, "cta", "")?, "may have exited");
+    Ok(())
+}
+
 #[test]
 fn bulk_stores_can_add() -> Result<()> {
     let body = "

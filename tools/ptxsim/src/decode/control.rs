@@ -255,7 +255,8 @@ impl Builder<'_, '_> {
     pub(super) fn mbarrier(&mut self) -> Parsed<()> {
         self.class(Class::Sync);
         self.ignore(&["shared", "shared::cta", "shared::cluster", "b64"]);
-        self.ignore(&["release", "acquire", "relaxed", "cta", "cluster"]);
+        let far = self.take("cluster");
+        self.ignore(&["release", "acquire", "relaxed", "cta"]);
         if self.take("init") {
             self.address_operand(0, false)?;
             self.inst.b = self.source::<u32>(Place::B, 1)?;
@@ -266,6 +267,7 @@ impl Builder<'_, '_> {
             return self.run::<Invalidate>();
         }
         if self.take("try_wait") || self.take("test_wait") {
+            self.inst.mode = u8::from(far) << 1;
             return self.try_wait();
         }
         if self.take("arrive") {
@@ -290,7 +292,7 @@ impl Builder<'_, '_> {
             self.inst.b = self.source::<u32>(Place::B, 2)?;
         } else {
             self.inst.b = self.source::<u64>(Place::B, 2)?;
-            self.inst.mode = 1;
+            self.inst.mode |= 1;
         }
         self.run::<TryWait>()
     }

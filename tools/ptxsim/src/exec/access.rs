@@ -3,6 +3,7 @@
 use super::Machine;
 use super::lane::{FULL, LANES, Row, lanes};
 use super::shadow::{Agent, Faults};
+use super::team::Visit;
 use super::traffic::{count_sectors, count_wavefronts};
 use super::warp::Warp;
 use crate::finding::{FindingKind, Place};
@@ -91,11 +92,17 @@ impl Machine<'_> {
     ) -> bool {
         let end = self.run.shared_end;
         let inside = address >= SHARED_BASE && address <= end && size <= end - address;
-        if inside && address & (size.min(16) - 1) == 0 && rank < self.ctas.len() {
+        let there = rank == self.rank || self.ctas.get(rank).is_some_and(|cta| !cta.has_exited());
+        if inside && address & (size.min(16) - 1) == 0 && there {
             return true;
         }
         let verb = if write { "write" } else { "read" };
-        let (kind, why) = if inside && rank < self.ctas.len() {
+        let (kind, why) = if inside && !there && rank < self.ctas.len() {
+            (
+                FindingKind::OutOfBounds,
+                format!("{verb} of {size} bytes of a block of the cluster that has exited"),
+            )
+        } else if inside && there {
             (FindingKind::Misaligned, format!("{verb} of {size} bytes at no multiple of {size}"))
         } else {
             let why = format!("{verb} of {size} bytes, the block has {}", end - SHARED_BASE);
@@ -394,10 +401,20 @@ impl Machine<'_> {
             if self.run.shadowed {
                 self.shadow_access(rank, address, size, l, kind);
             }
+            self.visit(rank, l);
             pointers[l] = self.ctas[rank].shared(address);
             admitted |= 1 << l;
         }
         admitted
+    }
+
+    /// Remembers that a lane touches shared memory, where it is that of another block.
+    pub(crate) fn visit(&mut self, rank: usize, lane: usize) {
+        if rank != self.rank && self.run.shadowed {
+            let thread = self.warp.index as u32 * 32 + lane as u32;
+            let visit = Visit { serial: self.warp.serial, cta: self.ctas[self.rank].id, thread, pc: self.pc };
+            self.ctas[rank].visits.insert(self.warp.column, visit);
+        }
     }
 
     #[inline(always)]

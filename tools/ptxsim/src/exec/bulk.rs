@@ -245,10 +245,13 @@ impl Machine<'_> {
                 self.report(FindingKind::Operand, lane, Place::None, why);
                 continue;
             }
-            if !self.ctas[rank].mbarriers.contains_key(&mbarrier) {
+            let Some(barrier) = self.ctas[rank].mbarriers.get(&mbarrier) else {
                 let why = "there is no mbarrier here: `mbarrier.init` has not been executed";
                 self.report(FindingKind::Mbarrier, lane, shared_place(mbarrier), why);
                 continue;
+            };
+            if !barrier.is_known_to(self.warp) {
+                self.report(FindingKind::Mbarrier, lane, shared_place(mbarrier), super::mbarrier::UNKNOWN);
             }
             if self.run.shadowed && !super::mbarrier::is_fenced(&self.ctas[rank], mbarrier, self.warp) {
                 let why = "the asynchronous proxy may not see this mbarrier yet: no `fence.mbarrier_init` or \

@@ -16,8 +16,9 @@ pub(crate) struct Mbarrier {
     bytes: i64,
     /// Completed phases; the lowest bit is the parity of the current one.
     phase: u64,
-    /// What those know that a wait lets through.
+    /// What those know that a wait lets through; and one that sees no farther than the block.
     knows: Knowledge,
+    near: Knowledge,
     /// Column and serial of its initialisation.
     born: (u16, u32),
     /// Whether a `fence.mbarrier_init` followed.
@@ -34,7 +35,15 @@ pub(crate) fn is_fenced(cta: &super::team::Cta, address: u32, warp: &super::warp
 /// Largest count of arrivals, and of bytes under way.
 const LIMIT: u32 = (1 << 20) - 1;
 
+pub(crate) const UNKNOWN: &str = "not ordered after the `mbarrier.init`, which may not have been executed";
+
 impl Mbarrier {
+    /// Whether a warp comes after the initialisation.
+    pub(crate) fn is_known_to(&self, warp: &super::warp::Warp) -> bool {
+        let (column, serial) = self.born;
+        column == warp.column || warp.knows.clock.get(column as usize).is_none_or(|known| *known >= serial)
+    }
+
     /// Ends the phase if nothing is missing.
     fn settle(&mut self) -> bool {
         let done = self.pending == 0 && self.bytes == 0;
@@ -59,7 +68,13 @@ impl Machine<'_> {
             return None;
         }
         if let Some(barrier) = self.ctas[rank].mbarriers.get_mut(&local) {
-            return Some(f(barrier, self.warp));
+            let known = barrier.is_known_to(self.warp);
+            let outcome = f(barrier, self.warp);
+            if !known {
+                self.report(FindingKind::Mbarrier, lane, shared_place(local), UNKNOWN);
+            }
+            self.visit(rank, lane);
+            return Some(outcome);
         }
         let why = "there is no mbarrier here: `mbarrier.init` has not been executed";
         self.report(FindingKind::Mbarrier, lane, shared_place(local), why);
@@ -68,10 +83,14 @@ impl Machine<'_> {
 
     /// `count` arrivals after announcing `bytes`. Returns the phase before.
     pub(crate) fn mbarrier_arrive(&mut self, address: u32, lane: usize, count: u32, bytes: i64) -> u64 {
+        let far = self.shared_target(address).0 != self.rank;
         let outcome = self.with_mbarrier(address, lane, |b, warp| {
             let phase = b.phase;
             b.bytes += bytes;
             b.knows.join_warp(warp);
+            if !far {
+                b.near.join_warp(warp);
+            }
             let missing = b.pending;
             b.pending = missing.saturating_sub(count);
             let over = count > missing || b.bytes.unsigned_abs() > LIMIT.into();
@@ -93,6 +112,7 @@ pub(crate) fn deliver(cta: &mut super::team::Cta, address: u32, delivered: u32, 
     if let Some(barrier) = cta.mbarriers.get_mut(&address) {
         barrier.bytes -= i64::from(delivered);
         barrier.knows.join(knows);
+        barrier.near.join(knows);
         barrier.settle();
     }
 }
@@ -117,6 +137,7 @@ impl Instruction for Init {
                 x.shadow_access(rank, address, 8, l, super::access::Kind::Write);
             }
             let knows = Knowledge::new(x.warp.knows.clock.len(), 0);
+            let near = Knowledge::new(x.warp.knows.clock.len(), 0);
             let born = (x.warp.column, x.warp.serial);
             let barrier = Mbarrier {
                 expected: count,
@@ -124,6 +145,7 @@ impl Instruction for Init {
                 bytes: 0,
                 phase: 0,
                 knows,
+                near,
                 born,
                 announced: false,
             };
@@ -189,8 +211,8 @@ impl Instruction for Arrive {
     }
 }
 
-/// `mbarrier.try_wait` and `test_wait`: address `a + imm`; parity in row `b`, or with `mode` 1 a phase in wide row
-/// `b`; predicate `d`. A lane that must wait gives way to other warps.
+/// `mbarrier.try_wait` and `test_wait`: address `a + imm`; parity in row `b`, or with bit 0 of `mode` a phase in wide row
+/// `b`; predicate `d`. Bit 1 of `mode`: arrivals of other blocks are acquired as well. A lane that must wait gives way to other warps.
 pub(crate) struct TryWait;
 
 impl Instruction for TryWait {
@@ -198,7 +220,7 @@ impl Instruction for TryWait {
         let addresses = super::memory::narrow_addresses(x, i);
         let mut done = 0;
         for l in lanes(x.active) {
-            let parity = if i.mode == 1 {
+            let parity = if i.mode & 1 != 0 {
                 x.warp.registers.lane::<u64>(i.b, l) & 1
             } else {
                 u64::from(x.warp.registers.lane::<u32>(i.b, l) & 1)
@@ -207,7 +229,7 @@ impl Instruction for TryWait {
             let passed = x.with_mbarrier(addresses[l], l, |b, warp| {
                 let passed = b.phase & 1 != parity;
                 if passed {
-                    warp.knows.join(&b.knows);
+                    warp.knows.join(if i.mode & 2 != 0 { &b.knows } else { &b.near });
                 }
                 passed
             });

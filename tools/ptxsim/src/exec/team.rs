@@ -37,12 +37,23 @@ pub(crate) struct Cta {
     /// Warps of the block, and how many have exited.
     pub(crate) warps: usize,
     pub(crate) exited: usize,
+    /// The latest that each warp of other blocks did to this block's memory, by column.
+    pub(crate) visits: BTreeMap<u16, Visit>,
     /// Serial numbers of the agents for bulk loads and stores.
     pub(crate) load_serial: u32,
     pub(crate) store_serial: u32,
     pub(crate) columns: Columns,
     /// Of the cluster; kept in its first block.
     pub(crate) cluster_barrier: Barrier,
+}
+
+/// What a warp of another block of the cluster did to a block's shared memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Visit {
+    pub(crate) serial: u32,
+    pub(crate) cta: [u32; 3],
+    pub(crate) thread: u32,
+    pub(crate) pc: u32,
 }
 
 /// Where the agents of a block have their columns.
@@ -68,6 +79,7 @@ impl Cta {
             barriers: (0..BARRIERS + WARPGROUPS).map(|_| Barrier::new(columns)).collect(),
             mbarriers: BTreeMap::new(),
             loads: Vec::new(),
+            visits: BTreeMap::new(),
             warps,
             exited: 0,
             load_serial: 0,
@@ -92,8 +104,14 @@ impl Cta {
         self.cluster_barrier.reset();
         self.mbarriers.clear();
         self.loads.clear();
+        self.visits.clear();
         self.exited = 0;
         (self.load_serial, self.store_serial) = (base, base);
+    }
+
+    /// Whether all warps have exited.
+    pub(crate) fn has_exited(&self) -> bool {
+        self.exited == self.warps
     }
 
     /// Bytes of shared memory from an address that was checked against the block's end.
@@ -235,12 +253,29 @@ impl Team {
         let rank = n / self.ctas[0].warps;
         super::bulk::finish_stores(run, &mut self.ctas, rank, &mut self.warps[n]);
         self.ctas[rank].exited += 1;
+        if self.ctas[rank].has_exited() {
+            self.bid_farewell(run, rank);
+        }
         let expected = self.ctas[rank].expected();
         for barrier in &mut self.ctas[rank].barriers[..BARRIERS] {
             barrier.exited(expected);
         }
         let left: u32 = self.ctas.iter().map(Cta::expected).sum();
         self.ctas[0].cluster_barrier.exited(left);
+    }
+
+    /// A block has exited: what others did to its memory must have come before, as some warp of it knows.
+    fn bid_farewell(&self, run: &Run<'_>, rank: usize) {
+        let cta = &self.ctas[rank];
+        let warps = &self.warps[rank * cta.warps..][..cta.warps];
+        let known = |column: u16| warps.iter().filter_map(|w| w.knows.clock.get(column as usize)).max();
+        for (_, visit) in cta.visits.iter().filter(|(c, v)| known(**c).is_some_and(|k| *k < v.serial)) {
+            let [x, y, z] = cta.id;
+            let why = format!(
+                "block ({x},{y},{z}) of the cluster may have exited before this touches its shared memory"
+            );
+            run.report(FindingKind::Race, visit.pc, visit.cta, visit.thread, Place::None, why);
+        }
     }
 
     /// Reports what every warp waits for.
