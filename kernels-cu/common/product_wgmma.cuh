@@ -4,8 +4,8 @@
 // other: each copies its own of the left factor and half of the right one, which both receive, so that the L2 cache is
 // asked for it once. The warpgroups multiply one group of products ahead of the stage that they hand back, to both
 // blocks, for both write to it. Either operand may lie along the depth or across it: the tensor cores read both, so
-// nothing is transposed. What a tile has beyond the matrix arrives as zeros and is not stored. There are as many blocks
-// as the machine has SMs, and each cluster takes every so many-th item: the copies of the next run while one is
+// nothing is transposed. What a tile has beyond the matrix arrives as zeros and is not stored. There are at most
+// as many blocks as the machine has SMs, and each cluster takes every so many-th item: the copies of the next run while one is
 // finished. An item is a pair of tiles of the result, or one of the parts of its depth.
 //
 // Both warpgroups have rows of one tile (a team of two), or each has every second tile (teams of one): then one
@@ -197,7 +197,7 @@ INLINE void consume(const Items<T>& items, typename T::Ring stage, u32 shared, c
         if (T::TEAMS == 2 && item++ % 2 != group) return stage.skip(steps);
         Sums<T> acc;
         sum<T, A_ALONG, B_ALONG>(acc, stage, turn, below, steps);
-const Place at{corner.row + below + warp % 4 * 16, corner.column, part, room};
+        const Place at{corner.row + below + warp % 4 * 16, corner.column, part, room};
         take(acc, at);
     });
 }

@@ -295,6 +295,26 @@ mod tests {
     }
 
     #[test]
+    fn gradients_of_another_shape_than_the_value_are_summed_apart() {
+        let apart = |g: &mut Graph, x: Tensor, w: Tensor| {
+            let batched = g.reshape(x, [1, 3, 8]);
+            let z = g.rmsnorm(batched, w, 1e-5);
+            let a = g.input("a", [3, 8], DType::F32);
+            vec![g.reshape(z, [3, 8]), g.add(a, batched)]
+        };
+        assert_eq!(sums(apart), 1);
+        let gated = |g: &mut Graph, x: Tensor, _: Tensor| {
+            let pre = g.reshape(x, [1, 3, 8]);
+            let w = g.input("down", [8, 4], DType::F32);
+            let h = g.gated(pre);
+            let y = g.linear(h, w, Epilogue::default());
+            let a = g.input("a", [3, 8], DType::F32);
+            vec![g.add(a, y)]
+        };
+        assert_eq!(sums(gated), 0);
+    }
+
+    #[test]
     fn what_is_given_to_a_parameter_itself_is_added() {
         let mut g = Graph::new();
         let w = g.state(Kind::Param, "w", [3, 8], DType::F32);

@@ -201,10 +201,12 @@ impl Graph {
         self.accumulators.get(&t).copied()
     }
 
-    /// What has arrived so far of the gradient of input `t`, while a backward pass is built. It is taken: who asks
-    /// adds its own gradient to it and gives the sum as [`Grad::To`].
-    pub fn take_arrived(&mut self, t: Tensor) -> Option<Tensor> {
-        self.arrived.remove(&t)
+    /// What has arrived so far of the gradient of input `t`, if it has the shape and the type of `t`, while a backward
+    /// pass is built. It is taken: who asks adds its own gradient to it and gives the sum as [`Grad::To`].
+    pub(crate) fn take_arrived(&mut self, t: Tensor) -> Option<Tensor> {
+        let arrived = self.arrived.get(&t).copied().filter(|&d| self.spec(d) == self.spec(t))?;
+        self.arrived.remove(&t);
+        Some(arrived)
     }
 
     /// Gives `delta` to input `t`: into its accumulator where it has one.

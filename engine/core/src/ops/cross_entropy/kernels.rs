@@ -100,7 +100,7 @@ impl Problem {
         let outs = vec![parts.clone(), each.clone()];
         let rest = [vec![targets.clone()], [n, v, c].map(Arg::U32).to_vec()].concat();
         let factors = [&Arg::input(0), &Arg::input(1)];
-        kernels.launches.push(ending.launch("cross_entropy_fwd", outs, factors, v, rest, on));
+        kernels.launches.push(ending.launch("cross_entropy_fwd", outs, factors, rest, on));
         let sizes = [n, v, ending.across()].map(Arg::U32);
         let args = [Arg::output(1), each, parts, targets].into_iter().chain(sizes).collect();
         let blocks = n.div_ceil(THREADS / 32);
@@ -152,7 +152,7 @@ impl Problem {
         let rest = [targets.clone(), lse, count, dloss].into_iter().chain(sizes).collect();
         let dz = vec![logits.clone()];
         let factors = [&h, &Arg::input(1)];
-        kernels.launches.push(ending.launch("cross_entropy_bwd", dz, factors, v, rest, on));
+        kernels.launches.push(ending.launch("cross_entropy_bwd", dz, factors, rest, on));
         let args = [dh, h, targets].into_iter().chain([n, v, c].map(Arg::U32)).collect();
         let blocks = (n * c).div_ceil(THREADS * VECTOR as u32);
         kernels.launches.push(Launch::kernel(

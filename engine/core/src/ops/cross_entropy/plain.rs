@@ -90,7 +90,8 @@ pub(super) fn forward(specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
 pub(super) fn backward(specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
     let o = Operands::new(specs, ins)?;
     let (lse, scale) = (floats(&ins[4]), floats(&ins[5])[0] * o.inverse);
-    // Either may be near to the truth by chance: of each number, the one that is farther away.
+    // Either may be near to the truth by chance, and is held against the other's chance: of each number, the one that is
+    // farther away. So this measure is an envelope of both.
     let exact = o.gradients(&lse, scale, [|z| z, |dz| dz]);
     let both = o.gradients(&lse, scale, [stored, stored]);
     let one = o.gradients(&lse, scale, [|z| z, stored]);

@@ -290,7 +290,7 @@ impl Forward {
         let reads = [bias, positions.clone()].into_iter().chain(sizes.map(Arg::U32));
         let rest = reads.chain([Arg::U64(rope.ratio()?)]).collect();
         let (outs, factors) = (vec![self.y.clone()], [&self.x, &self.w]);
-        Ok(vec![ending.launch("linear_fwd_rope", outs, factors, product.columns, rest, on)])
+        Ok(vec![ending.launch("linear_fwd_rope", outs, factors, rest, on)])
     }
 }
 
@@ -353,18 +353,16 @@ impl Ending {
         self.product.columns.div_ceil(self.tile.columns)
     }
 
-    /// Runs `pass`'s kernel of this tile, whose arguments are outputs, both factors, and `rest`; `w` has `rows` rows.
+    /// Runs `pass`'s kernel of this tile, whose arguments are outputs, both factors, and `rest`.
     pub(in crate::ops) fn launch(
         &self,
         pass: &str,
         outs: Vec<Arg>,
         [x, w]: [&Arg; 2],
-        rows: u32,
         rest: Vec<Arg>,
         on: &Target,
     ) -> Launch {
-        let right = Product { columns: rows, ..self.product };
-        let factors = [self.product.left(x, true, self.tile), right.right(w, true, self.tile)];
+        let factors = [self.product.left(x, true, self.tile), self.product.right(w, true, self.tile)];
         let args = outs.into_iter().chain(factors).chain(rest).collect();
         self.product.launch(format!("{pass}_{}_bf16", self.tile.name), self.tile, 1, args, on)
     }
