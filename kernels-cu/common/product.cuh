@@ -29,23 +29,30 @@ struct Raster {
 template <int WIDE>
 constexpr u32 FINISH_BYTES = 16 * (WIDE + 8) * 4;
 
-// Hands 16 finished rows of a warp, from (row0, column0) of the result on, to `out(row, column, values)`,
-// `Out::WIDTH` columns at a time, through shared memory: the layout of fragments would touch every line of global
-// memory four times. Groups of four columns are swapped in pairs so that neither way conflicts.
-template <int WIDE, typename Out>
-INLINE void finish_rows(const float (&acc)[WIDE / 8][4], u32 stage, u32 row0, u32 column0, u32 rows, u32 columns,
-                        const Out& out) {
-    constexpr int STRIDE = WIDE + 8, LANES = WIDE / Out::WIDTH;
-    const u32 lane = threadIdx.x % 32, column = lane % LANES * Out::WIDTH;
-    const auto at = [&](u32 row, u32 group) {
-        return stage + row * (STRIDE * 4) + (group ^ (WIDE == 64 ? group / 8 : row % 2)) * 16;
-    };
+// Where a group of four columns of a finished row is, swapped in pairs so that neither way conflicts.
+template <int WIDE>
+INLINE u32 finished_at(u32 stage, u32 row, u32 group) {
+    return stage + row * ((WIDE + 8) * 4) + (group ^ (WIDE == 64 ? group / 8 : row % 2)) * 16;
+}
+
+// Leaves 16 finished rows of a warp in shared memory.
+template <int WIDE>
+INLINE void stage_rows(const float (&acc)[WIDE / 8][4], u32 stage) {
+    const u32 lane = threadIdx.x % 32, row = lane / 4;
 #pragma unroll
     for (int j = 0; j < WIDE / 8; j++) {
-        const u32 to = lane / 4, group = j * 2 + lane % 4 / 2;
-        store_shared(at(to, group) + lane % 2 * 8, acc[j][0], acc[j][1]);
-        store_shared(at(to + 8, group) + lane % 2 * 8, acc[j][2], acc[j][3]);
+        const u32 group = j * 2 + lane % 4 / 2;
+        store_shared(finished_at<WIDE>(stage, row, group) + lane % 2 * 8, acc[j][0], acc[j][1]);
+        store_shared(finished_at<WIDE>(stage, row + 8, group) + lane % 2 * 8, acc[j][2], acc[j][3]);
     }
+}
+
+// Hands them, which belong to (row0, column0) of the result and on, to `out(row, column, values)`, `Out::WIDTH` columns
+// at a time.
+template <int WIDE, typename Out>
+INLINE void hand_out_rows(u32 stage, u32 row0, u32 column0, u32 rows, u32 columns, const Out& out) {
+    constexpr int LANES = WIDE / Out::WIDTH;
+    const u32 lane = threadIdx.x % 32, column = lane % LANES * Out::WIDTH;
     __syncwarp();
 #pragma unroll
     for (u32 r = lane / LANES; r < 16; r += 32 / LANES) {
@@ -53,13 +60,21 @@ INLINE void finish_rows(const float (&acc)[WIDE / 8][4], u32 stage, u32 row0, u3
 #pragma unroll
         for (int e = 0; e < Out::WIDTH; e += 4) {
             float x[4];
-            load_shared(x, at(r, (column + e) / 4));
+            load_shared(x, finished_at<WIDE>(stage, r, (column + e) / 4));
             v[e] = x[0], v[e + 1] = x[1], v[e + 2] = x[2], v[e + 3] = x[3];
         }
         const u32 n = row0 + r, m = column0 + column;
         if (n < rows && m < columns) out(n, m, v);
     }
     __syncwarp();
+}
+
+// Both: the layout of fragments would touch every line of global memory four times.
+template <int WIDE, typename Out>
+INLINE void finish_rows(const float (&acc)[WIDE / 8][4], u32 stage, u32 row0, u32 column0, u32 rows, u32 columns,
+                        const Out& out) {
+    stage_rows<WIDE>(acc, stage);
+    hand_out_rows<WIDE>(stage, row0, column0, rows, columns, out);
 }
 
 template <typename Element>

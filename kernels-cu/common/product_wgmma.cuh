@@ -174,15 +174,18 @@ struct Place {
     u32 room;
 };
 
-// Hands what a warp has summed to `out`, as finish_rows does.
+// Hands what a warp has summed to `out`, as finish_rows does; whatever comes of a row is written out once, not for every
+// slice.
 template <typename T, typename Out>
 INLINE void finish(const Sums<T>& acc, const Place& at, u32 rows, u32 columns, const Out& out) {
+    constexpr int SLICES = T::COLUMNS / T::WIDE;
+#pragma unroll 1
+    for (int n = 0; n < T::BLOCKS * SLICES; n++) {
 #pragma unroll
-    for (int i = 0; i < T::BLOCKS; i++) {
-#pragma unroll
-        for (int j = 0; j < T::COLUMNS / T::WIDE; j++) {
-            finish_rows<T::WIDE>(acc[i][j], at.room, at.row + i * 64, at.column + j * T::WIDE, rows, columns, out);
-        }
+        for (int i = 0; i < T::BLOCKS * SLICES; i++)
+            if (i == n) stage_rows<T::WIDE>(acc[i / SLICES][i % SLICES], at.room);
+        const u32 row = at.row + n / SLICES * 64, column = at.column + n % SLICES * T::WIDE;
+        hand_out_rows<T::WIDE>(at.room, row, column, rows, columns, out);
     }
 }
 
