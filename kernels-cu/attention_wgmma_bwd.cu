@@ -18,24 +18,26 @@
 // `words` and `sums` belong to one call: words are zeros before it.
 // `stats` (lse log2 e, do . o), `seen` and `spans` are what attention_bwd_prepare_* makes of 64 queries at a time, padded
 // with queries that see nothing. `grad` is do. The heads of q begin in column 0 of its rows, those of k and v in k_column and
-// v_column; rows of dk and dv lie kv_stride apart, those of dq q_stride. Slots and caches as in attention.cu.
+// v_column; rows of dk and dv lie kv_stride apart, those of dq q_stride. Slots and caches as in attention.cu. Where heads
+// turned by the positions of their rows (`turned`; without caches), dq and dk turn back before they are rounded, as in rope.cu.
 //
 // Target  sm_90a
 //
 // entry                                  grid               block  shared       arguments                                                                                                                             bytes                      flops
-// attention_bwd_wgmma_d64_bf16           Tk/128,H/G,caches  384    1024+156672  dk dv sums words | q:map k:map v:map grad:map stats seen spans slots | B T Tk H G kv_stride k_column v_column caches ordered | scale  2B(2TH+4TkH/G)D+8BTH(D+1)  10BHTTkD
-// attention_bwd_wgmma_d128_bf16          Tk/128,H/G,caches  384    1024+201728  dk dv sums words | q:map k:map v:map grad:map stats seen spans slots | B T Tk H G kv_stride k_column v_column caches ordered | scale  2B(2TH+4TkH/G)D+8BTH(D+1)  10BHTTkD
-// attention_bwd_finish_wgmma_d64_bf16    T/64,H,B           128    8192         dq words | sums spans | T q_stride | scale                                                                                            6BTHD                      BTHD
-// attention_bwd_finish_wgmma_d128_bf16   T/64,H,B           128    16384        dq words | sums spans | T q_stride | scale                                                                                            6BTHD                      BTHD
-// attention_bwd_keys_wgmma_d64_bf16      Tk/128,H/G,caches  384    1024+106568  dk dv | q:map k:map v:map grad:map stats seen spans slots wanted | B T Tk H G kv_stride k_column v_column caches | scale              2B(2TH+4TkH/G)D+8BTH       8BHTTkD
-// attention_bwd_keys_wgmma_d128_bf16     Tk/128,H/G,caches  384    1024+170040  dk dv | q:map k:map v:map grad:map stats seen spans slots wanted | B T Tk H G kv_stride k_column v_column caches | scale              2B(2TH+4TkH/G)D+8BTH       8BHTTkD
-// attention_bwd_queries_wgmma_d64_bf16   T/128,H,B          384    3072+98376   dq | q:map k:map v:map grad:map stats seen spans slots wanted | T Tk H G q_stride k_column v_column caches | scale                    2B(3TH+2TkH/G)D+8BTH       6BHTTkD
-// attention_bwd_queries_wgmma_d128_bf16  T/128,H,B          384    3072+196680  dq | q:map k:map v:map grad:map stats seen spans slots wanted | T Tk H G q_stride k_column v_column caches | scale                    2B(3TH+2TkH/G)D+8BTH       6BHTTkD
+// attention_bwd_wgmma_d64_bf16           Tk/128,H/G,caches  384    1024+156672  dk dv sums words | q:map k:map v:map grad:map stats seen spans slots positions | B T Tk H G kv_stride k_column v_column caches ordered turned ratio:u64 | scale  2B(2TH+4TkH/G)D+8BTH(D+1)  10BHTTkD
+// attention_bwd_wgmma_d128_bf16          Tk/128,H/G,caches  384    1024+201728  dk dv sums words | q:map k:map v:map grad:map stats seen spans slots positions | B T Tk H G kv_stride k_column v_column caches ordered turned ratio:u64 | scale  2B(2TH+4TkH/G)D+8BTH(D+1)  10BHTTkD
+// attention_bwd_finish_wgmma_d64_bf16    T/64,H,B           128    1024+8192    dq words | sums spans positions | T q_stride turned ratio:u64 | scale                                                                                            6BTHD                      BTHD
+// attention_bwd_finish_wgmma_d128_bf16   T/64,H,B           128    1024+16384   dq words | sums spans positions | T q_stride turned ratio:u64 | scale                                                                                            6BTHD                      BTHD
+// attention_bwd_keys_wgmma_d64_bf16      Tk/128,H/G,caches  384    1024+106568  dk dv | q:map k:map v:map grad:map stats seen spans slots positions wanted | B T Tk H G kv_stride k_column v_column caches turned ratio:u64 | scale              2B(2TH+4TkH/G)D+8BTH       8BHTTkD
+// attention_bwd_keys_wgmma_d128_bf16     Tk/128,H/G,caches  384    1024+170040  dk dv | q:map k:map v:map grad:map stats seen spans slots positions wanted | B T Tk H G kv_stride k_column v_column caches turned ratio:u64 | scale              2B(2TH+4TkH/G)D+8BTH       8BHTTkD
+// attention_bwd_queries_wgmma_d64_bf16   T/128,H,B          384    3072+98376   dq | q:map k:map v:map grad:map stats seen spans slots positions wanted | T Tk H G q_stride k_column v_column caches turned ratio:u64 | scale                    2B(3TH+2TkH/G)D+8BTH       6BHTTkD
+// attention_bwd_queries_wgmma_d128_bf16  T/128,H,B          384    3072+196680  dq | q:map k:map v:map grad:map stats seen spans slots positions wanted | T Tk H G q_stride k_column v_column caches turned ratio:u64 | scale                    2B(3TH+2TkH/G)D+8BTH       6BHTTkD
 //
 // Needs   D of 64 or 128; rows of all maps 16-byte aligned; no extent of 0. Boxes hold 64 elements of 64 rows, swizzled by
 //         128 bytes.
 // Rounds  p and ds to bf16 as factors; dq, dk, dv once, on store; sums in f32, fixed order (deterministic) if `ordered`.
 #include "common/warpgroups.cuh"
+#include "common/waves.cuh"
 
 // Rows of a block's own tiles, of a warpgroup, and of what passes by.
 constexpr int OWN = 128, HALF = 64, PASSING = 64;
@@ -51,6 +53,37 @@ INLINE void add_all(float (&acc)[1][NI][4], const float (&x)[1][NI][4]) {
 #pragma unroll
         for (int e = 0; e < 4; e++) acc[0][j][e] += x[0][j][e];
 }
+
+// How heads of D turned by the positions of their rows. Made by all threads of a block, before they meet.
+template <int D>
+struct Rotation {
+    const int* positions;
+    const u64* frequencies;
+
+    INLINE Rotation(const int* of_rows, u32 turned, u64 ratio) : positions(turned != 0 ? of_rows : nullptr) {
+        __shared__ u64 of_pairs[D / 2];
+        frequencies = of_pairs;
+        if (positions == nullptr) return;
+        for (u32 j = threadIdx.x; j < D / 2; j += blockDim.x) of_pairs[j] = frequency(ratio, j);
+    }
+
+    // Turns a result back: this thread's rows `row` of `rows` and eight further, which are those of `first` on.
+    INLINE void back(float (&x)[1][D / 8][4], u64 first, int row, int rows) const {
+        if (positions == nullptr) return;
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            const int n = row + lower * 8, position = n < rows ? positions[first + n] : -1;
+            if (position < 0) continue;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                const Wave w = wave(turns(position, frequencies[j * 4 + threadIdx.x % 4]));
+                float &a = x[0][j][lower * 2], &b = x[0][j][lower * 2 + 1];
+                const float turned = a * w.cos + b * w.sin;
+                b = b * w.cos - a * w.sin, a = turned;
+            }
+        }
+    }
+};
 
 // What passes by: two tiles of 64 rows.
 template <int D_>
@@ -89,6 +122,7 @@ struct Keys : Layout<D> {
     u32 caches;
     float scale;
     int first, kv_head, slot;
+    Rotation<D> rotation;
 
     INLINE int last() const { return min(first + OWN, int(keys)); }
     INLINE int spans_of_row() const { return (queries + PASSING - 1) / PASSING; }
@@ -252,7 +286,8 @@ struct Keys : Layout<D> {
         scale_all(dk, scale);
         const u32 half = threadIdx.x / 128 - 1, row = threadIdx.x / 32 % 4 * 16, tile = shared + half * L::TILE;
         const int begin = first + half * HALF, rows = int(keys) - begin;
-        const u64 to = (u64(slot) * keys + begin) * kv_stride + kv_head * D;
+        const u64 from = u64(slot) * keys + begin, to = from * kv_stride + kv_head * D;
+        rotation.back(dk, from, row + threadIdx.x % 32 / 4, rows);
         send_rows(dk_to + to, kv_stride, rows, dk, Slabs<HALF>{tile}, row);
         send_rows(dv_to + to, kv_stride, rows, dv, Slabs<HALF>{tile + L::OWN_TILE}, row);
     }
@@ -433,7 +468,7 @@ template <int D>
 INLINE void backward_once(bf16* dk, bf16* dv, float* sums, u32* words, const TensorMap& q, const TensorMap& k,
                           const TensorMap& v, const TensorMap& grad, const float2* stats, const int2* seen, const Span* spans,
                           const int* slots, u32 batch, u32 queries, u32 keys, u32 heads, u32 group, u32 kv_stride,
-                          u32 k_column, u32 v_column, u32 caches, u32 ordered, float scale) {
+                          u32 k_column, u32 v_column, u32 caches, u32 ordered, const Rotation<D>& rotation, float scale) {
     __shared__ u32 begun;
     if (threadIdx.x == 0) begun = atomicAdd(words + BEGUN, 1);
     __syncthreads();
@@ -441,16 +476,17 @@ INLINE void backward_once(bf16* dk, bf16* dv, float* sums, u32* words, const Ten
     const u32 others = gridDim.y * gridDim.z, rest = begun % others;
     const Once<D> pass{{{}, q, k, v, grad, stats, seen, spans, slots, batch, queries, keys, heads, group, kv_stride,
                         int(k_column), int(v_column), caches, scale, int(begun / others) * OWN, int(rest % gridDim.y),
-                        int(rest / gridDim.y)},
+                        int(rest / gridDim.y), rotation},
                        sums, words, ordered != 0};
     pass.run(dk, dv, shared_address(shared_memory));
 }
 
 // dq of 64 queries of a head, of what was added up.
 template <int D>
-INLINE void finish(bf16* dq_to, u32* words, const float* sums, const Span* spans, u32 queries, u32 q_stride, float scale) {
-    __shared__ __align__(1024) char tile[PASSING * D * 2];
+INLINE void finish(bf16* dq_to, u32* words, const float* sums, const Span* spans, u32 queries, u32 q_stride,
+                   const Rotation<D>& rotation, float scale) {
     const int t = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+    __syncthreads();
     const Span span = spans[u64(b) * gridDim.x + t];
     float dq[1][D / 8][4];
     clear(dq);
@@ -464,8 +500,11 @@ INLINE void finish(bf16* dq_to, u32* words, const float* sums, const Span* spans
     for (int j = 0; j < D / 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) dq[0][j][e] = (dq[0][j][e] + 0.0f) * scale;
-    send_rows(dq_to + (u64(b) * queries + t * PASSING) * q_stride + head * D, q_stride, int(queries) - t * PASSING, dq,
-              Slabs<PASSING>{shared_address(tile)}, threadIdx.x / 32 * 16);
+    const u32 row = threadIdx.x / 32 * 16;
+    const int rows = int(queries) - t * PASSING;
+    const u64 first = u64(b) * queries + t * PASSING;
+    rotation.back(dq, first, row + threadIdx.x % 32 / 4, rows);
+    send_rows(dq_to + first * q_stride + head * D, q_stride, rows, dq, Slabs<PASSING>{shared_address(shared_memory)}, row);
 }
 
 // ---- dq alone
@@ -570,8 +609,9 @@ template <int D>
 INLINE void backward_queries(bf16* dq_to, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& grad,
                              const float2* stats, const int2* seen, const Span* spans, const int* slots, const u32* wanted,
                              u32 queries, u32 keys, u32 heads, u32 group, u32 q_stride, u32 k_column, u32 v_column,
-                             u32 caches, float scale) {
+                             u32 caches, const int* positions, u32 turned, u64 ratio, float scale) {
     if (*wanted == 0) return;
+    const Rotation<D> rotation(positions, turned, ratio);
     using Pass = Queries<D>;
     using L = Layout<D>;
     __shared__ int2 intervals[OWN];
@@ -619,84 +659,86 @@ INLINE void backward_queries(bf16* dq_to, const TensorMap& q, const TensorMap& k
         pass.template walk<true>(dq, ring, shared, own, intervals + local, logs + local);
     }
     scale_all(dq, scale);
-    const int begin = first + half * HALF;
-    send_rows(dq_to + (u64(b) * queries + begin) * q_stride + head * D, q_stride, int(queries) - begin, dq,
-              Slabs<HALF>{shared + half * L::TILE}, in_half);
+    const int begin = first + half * HALF, rows = int(queries) - begin;
+    const u64 from = u64(b) * queries + begin;
+    rotation.back(dq, from, in_half + lane / 4, rows);
+    send_rows(dq_to + from * q_stride + head * D, q_stride, rows, dq, Slabs<HALF>{shared + half * L::TILE}, in_half);
 }
 
 template <int D>
 INLINE void backward_keys(bf16* dk, bf16* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& grad,
                           const float2* stats, const int2* seen, const Span* spans, const int* slots, const u32* wanted,
                           u32 batch, u32 queries, u32 keys, u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column,
-                          u32 caches, float scale) {
+                          u32 caches, const int* positions, u32 turned, u64 ratio, float scale) {
     if (*wanted == 0) return;
     const Keys<D> pass{{}, q, k, v, grad, stats, seen, spans, slots, batch, queries, keys, heads, group, kv_stride,
-                       int(k_column), int(v_column), caches, scale, int(blockIdx.x) * OWN, int(blockIdx.y), int(blockIdx.z)};
+                       int(k_column), int(v_column), caches, scale, int(blockIdx.x) * OWN, int(blockIdx.y), int(blockIdx.z),
+                       {positions, turned, ratio}};
     pass.run(dk, dv);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     attention_bwd_wgmma_d64_bf16(bf16* dk, bf16* dv, float* sums, u32* words, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
         const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap grad,
-        const float2* stats, const int2* seen, const Span* spans, const int* slots, u32 batch, u32 queries, u32 keys,
-        u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, u32 ordered, float scale) {
+        const float2* stats, const int2* seen, const Span* spans, const int* slots, const int* positions, u32 batch, u32 queries, u32 keys,
+        u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, u32 ordered, u32 turned, u64 ratio, float scale) {
     backward_once<64>(dk, dv, sums, words, q, k, v, grad, stats, seen, spans, slots, batch, queries, keys, heads, group,
-        kv_stride, k_column, v_column, caches, ordered, scale);
+        kv_stride, k_column, v_column, caches, ordered, {positions, turned, ratio}, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     attention_bwd_wgmma_d128_bf16(bf16* dk, bf16* dv, float* sums, u32* words, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
         const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap grad,
-        const float2* stats, const int2* seen, const Span* spans, const int* slots, u32 batch, u32 queries, u32 keys,
-        u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, u32 ordered, float scale) {
+        const float2* stats, const int2* seen, const Span* spans, const int* slots, const int* positions, u32 batch, u32 queries, u32 keys,
+        u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, u32 ordered, u32 turned, u64 ratio, float scale) {
     backward_once<128>(dk, dv, sums, words, q, k, v, grad, stats, seen, spans, slots, batch, queries, keys, heads, group,
-        kv_stride, k_column, v_column, caches, ordered, scale);
+        kv_stride, k_column, v_column, caches, ordered, {positions, turned, ratio}, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_bwd_finish_wgmma_d64_bf16(bf16* dq, u32* words, const float* sums, const Span* spans, u32 queries, u32 q_stride,
-        float scale) {
-    finish<64>(dq, words, sums, spans, queries, q_stride, scale);
+    attention_bwd_finish_wgmma_d64_bf16(bf16* dq, u32* words, const float* sums, const Span* spans, const int* positions,
+        u32 queries, u32 q_stride, u32 turned, u64 ratio, float scale) {
+    finish<64>(dq, words, sums, spans, queries, q_stride, {positions, turned, ratio}, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_bwd_finish_wgmma_d128_bf16(bf16* dq, u32* words, const float* sums, const Span* spans, u32 queries, u32 q_stride,
-        float scale) {
-    finish<128>(dq, words, sums, spans, queries, q_stride, scale);
+    attention_bwd_finish_wgmma_d128_bf16(bf16* dq, u32* words, const float* sums, const Span* spans, const int* positions,
+        u32 queries, u32 q_stride, u32 turned, u64 ratio, float scale) {
+    finish<128>(dq, words, sums, spans, queries, q_stride, {positions, turned, ratio}, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     attention_bwd_keys_wgmma_d64_bf16(bf16* dk, bf16* dv, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
         const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap grad,
-        const float2* stats, const int2* seen, const Span* spans, const int* slots, const u32* wanted, u32 batch, u32 queries,
-        u32 keys, u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, float scale) {
+        const float2* stats, const int2* seen, const Span* spans, const int* slots, const int* positions, const u32* wanted, u32 batch, u32 queries,
+        u32 keys, u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, u32 turned, u64 ratio, float scale) {
     backward_keys<64>(dk, dv, q, k, v, grad, stats, seen, spans, slots, wanted, batch, queries, keys, heads, group, kv_stride,
-        k_column, v_column, caches, scale);
+        k_column, v_column, caches, positions, turned, ratio, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     attention_bwd_keys_wgmma_d128_bf16(bf16* dk, bf16* dv, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
         const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap grad,
-        const float2* stats, const int2* seen, const Span* spans, const int* slots, const u32* wanted, u32 batch, u32 queries,
-        u32 keys, u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, float scale) {
+        const float2* stats, const int2* seen, const Span* spans, const int* slots, const int* positions, const u32* wanted, u32 batch, u32 queries,
+        u32 keys, u32 heads, u32 group, u32 kv_stride, u32 k_column, u32 v_column, u32 caches, u32 turned, u64 ratio, float scale) {
     backward_keys<128>(dk, dv, q, k, v, grad, stats, seen, spans, slots, wanted, batch, queries, keys, heads, group, kv_stride,
-        k_column, v_column, caches, scale);
+        k_column, v_column, caches, positions, turned, ratio, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     attention_bwd_queries_wgmma_d64_bf16(bf16* dq, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
         const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap grad,
-        const float2* stats, const int2* seen, const Span* spans, const int* slots, const u32* wanted, u32 queries, u32 keys,
-        u32 heads, u32 group, u32 q_stride, u32 k_column, u32 v_column, u32 caches, float scale) {
+        const float2* stats, const int2* seen, const Span* spans, const int* slots, const int* positions, const u32* wanted, u32 queries, u32 keys,
+        u32 heads, u32 group, u32 q_stride, u32 k_column, u32 v_column, u32 caches, u32 turned, u64 ratio, float scale) {
     backward_queries<64>(dq, q, k, v, grad, stats, seen, spans, slots, wanted, queries, keys, heads, group, q_stride, k_column,
-        v_column, caches, scale);
+        v_column, caches, positions, turned, ratio, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     attention_bwd_queries_wgmma_d128_bf16(bf16* dq, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
         const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap grad,
-        const float2* stats, const int2* seen, const Span* spans, const int* slots, const u32* wanted, u32 queries, u32 keys,
-        u32 heads, u32 group, u32 q_stride, u32 k_column, u32 v_column, u32 caches, float scale) {
+        const float2* stats, const int2* seen, const Span* spans, const int* slots, const int* positions, const u32* wanted, u32 queries, u32 keys,
+        u32 heads, u32 group, u32 q_stride, u32 k_column, u32 v_column, u32 caches, u32 turned, u64 ratio, float scale) {
     backward_queries<128>(dq, q, k, v, grad, stats, seen, spans, slots, wanted, queries, keys, heads, group, q_stride, k_column,
-        v_column, caches, scale);
+        v_column, caches, positions, turned, ratio, scale);
 }

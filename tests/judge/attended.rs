@@ -3,7 +3,7 @@ use super::{Hiding, Part, Secret};
 use transfusion_core::{
     agreement::{self, Application},
     cases::Case,
-    ops::Heads,
+    ops::{Heads, Rotary},
     tensor::DType,
 };
 
@@ -16,6 +16,8 @@ struct Attended {
     keys: usize,
     /// Of how many caches, and which one each batch row reads; `None` where rows hold their own keys.
     slots: Option<(usize, Vec<i32>)>,
+    /// Whether heads turn before they attend.
+    turned: bool,
     /// The keys that each query sees.
     start: Vec<i32>,
     end: Vec<i32>,
@@ -31,19 +33,15 @@ fn all(width: usize) -> Vec<Attended> {
     let packed = |name: &str, heads, batch, t: usize, sees: &dyn Fn(i32) -> (i32, i32)| {
         let (start, end) = (0..batch * t).map(|n| sees((n % t) as i32)).unzip();
         let name = format!("{name}, heads of {width}");
-        Attended { name, heads, batch, queries: t, keys: t, slots: None, start, end }
+        Attended { name, heads, batch, queries: t, keys: t, slots: None, turned: false, start, end }
     };
-    let cached = |name: &str,
-                  heads,
-                  queries: usize,
-                  keys,
-                  caches,
-                  slots: &[i32],
-                  sees: &dyn Fn(i32) -> (i32, i32)| {
-        let (start, end) = (0..slots.len() * queries).map(|n| sees(n as i32)).unzip();
-        let (name, slots) = (format!("{name}, heads of {width}"), slots.to_vec());
-        Attended { name, heads, batch: slots.len(), queries, keys, slots: Some((caches, slots)), start, end }
-    };
+    let cached =
+        |name: &str, heads, queries: usize, keys, caches, slots: &[i32], sees: &dyn Fn(i32) -> (i32, i32)| {
+            let (start, end) = (0..slots.len() * queries).map(|n| sees(n as i32)).unzip();
+            let (name, slots) = (format!("{name}, heads of {width}"), slots.to_vec());
+            let (batch, slots) = (slots.len(), Some((caches, slots)));
+            Attended { name, heads, batch, queries, keys, slots, turned: false, start, end }
+        };
     // Documents of 40, 1 and the rest, with an image each but in the second.
     let documents = |i: i32| match i {
         5..30 => (0, 30),
@@ -54,7 +52,7 @@ fn all(width: usize) -> Vec<Attended> {
     };
     vec![
         packed("causal", heads(2, 1), 1, 139, &|i| (0, i + 1)),
-        packed("documents with images", heads(2, 1), 2, 117, &documents),
+        Attended { turned: true, ..packed("documents with images, turned", heads(2, 1), 2, 117, &documents) },
         // The first 64 see what others see in part.
         packed("any intervals", heads(2, 2), 1, 131, &|i| {
             if i < 64 { (0, 131) } else { ((i * 37) % 131 - 9, (i * 53) % 131 + 9) }
@@ -88,9 +86,16 @@ impl Attended {
     fn case(&self) -> Case {
         let h = self.heads;
         let mask = [self.batch, self.queries];
-        match &self.slots {
-            None => Case::new("attention", &self.name, move |g, x| vec![g.attention(x[0], x[1], x[2], h)])
-                .normal([self.batch, self.queries, h.packed_width()]),
+        let turned = self.turned;
+        let case = match &self.slots {
+            None => Case::new("attention", &self.name, move |g, x| {
+                let qkv = match turned {
+                    true => g.rotary(x[0], Rotary { positions: x[3], heads: h, theta: 1e4 }),
+                    false => x[0].into(),
+                };
+                vec![g.attention(qkv, x[1], x[2], h)]
+            })
+            .normal([self.batch, self.queries, h.packed_width()]),
             Some((caches, slots)) => Case::new("attention", &self.name, move |g, x| {
                 vec![g.attention_cached(x[0], x[1], x[2], x[3], x[4], x[5], h)]
             })
@@ -98,9 +103,11 @@ impl Attended {
             .normal([*caches, self.keys, h.kv_columns()])
             .normal([*caches, self.keys, h.kv_columns()])
             .ints([self.batch], slots),
-        }
-        .ints(mask, &self.start)
-        .ints(mask, &self.end)
+        };
+        let case = case.ints(mask, &self.start).ints(mask, &self.end);
+        let rows = self.batch * self.queries;
+        let positions: Vec<i32> = (0..rows as i32).collect();
+        if turned { case.ints([rows], &positions) } else { case }
     }
 
     /// Keys are poisoned: as seen by no query of a row, whole, by key or value alone, of one head.
@@ -134,7 +141,7 @@ impl Attended {
     }
 
     fn backward(&self, a: &Application) -> Vec<Hiding> {
-        let last = a.specs.len() - 1;
+        let last = a.specs.len() - 1 - usize::from(self.turned);
         let keys = self.hidden_keys().into_iter();
         let mut all: Vec<Hiding> =
             keys.map(|(what, keys)| self.keys_backward(format!("keys and values {what}"), &keys)).collect();

@@ -79,6 +79,9 @@ pub struct Graph {
     /// What gradients are summed in: f32 where nothing is said. Each addition is rounded once. The gradient of an
     /// f64 parameter is f64.
     pub gradients: Option<DType>,
+    /// Whether kernels may add up gradients that a backward pass makes from here on in whatever order their blocks
+    /// come: other bits on every run, without waiting for turns.
+    pub unordered: bool,
     named: HashMap<(Role, String), Tensor>,
     latest: HashMap<Tensor, Tensor>,
     error: Option<Error>,

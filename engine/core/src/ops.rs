@@ -26,9 +26,10 @@ mod time_embedding;
 pub use adamw::{AdamW, AdamWStates};
 pub use add::Repeat;
 pub use heads::Heads;
-pub use linear::{Activation, Epilogue, Factor, Rotary};
+pub use linear::{Activation, Epilogue, Factor};
 pub use patchify::patch_width;
 pub use q_sample::Noise;
+pub use rope::{Qkv, Rotary};
 pub use sampler::{SamplerInputs, SamplerStep};
 
 use crate::cases::Case;

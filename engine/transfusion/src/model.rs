@@ -14,7 +14,8 @@ use transfusion_core::{
     graph::Graph,
     op::Kind,
     ops::{
-        Activation, AdamW, AdamWStates, Epilogue, Factor, Noise, Repeat, Rotary, SamplerInputs, SamplerStep,
+        Activation, AdamW, AdamWStates, Epilogue, Factor, Noise, Qkv, Repeat, Rotary, SamplerInputs,
+        SamplerStep,
     },
     tensor::{DType, Shape, Tensor},
 };
@@ -179,6 +180,8 @@ pub struct LossOptions {
     pub recompute: Recompute,
     /// What gradients are summed in.
     pub gradients: Float,
+    /// Lets kernels sum gradients in an order that is free ([`Graph::unordered`]).
+    pub unordered: bool,
     /// F64 for gradient checks, else `None`: what the configuration says.
     pub dtype: Option<DType>,
     /// Adds what a proof looks at: outputs `hidden [N, C]` (the rows that heads read), `qkv.L`
@@ -194,6 +197,7 @@ impl LossOptions {
         noise: NoiseSource::Counter,
         recompute: Recompute::None,
         gradients: Float::Float32,
+        unordered: false,
         dtype: None,
         inspect: false,
     };
@@ -211,6 +215,7 @@ pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> 
     let mut b = Builder::new(c, if options.ema { Kind::Ema } else { Kind::Param }, dtype);
     b.inspect = options.inspect;
     b.recompute = if options.backward { options.recompute } else { Recompute::None };
+    b.g.unordered = options.unordered;
     let Capacity { rows, positions, .. } = capacity;
     let n = rows * positions;
     let tokens = b.g.input("tokens", [n], DType::I32);
@@ -498,16 +503,16 @@ impl<'c> Builder<'c> {
         let w = self.weight(&layer(i, "self_attn.qkv.weight"));
         let rows = self.g.spec(x).shape.rows();
         let positions = self.g.reshape(place.positions(), [rows]);
-        let (heads, theta) = (c.heads(), c.rope_theta);
+        let heads = c.heads();
+        let rotary = Rotary { positions, heads, theta: c.rope_theta };
         let qkv = if c.qk_norm() {
             let wq = self.weight(&layer(i, "self_attn.q_norm.weight"));
             let wk = self.weight(&layer(i, "self_attn.k_norm.weight"));
             let qkv = self.g.linear(h, w, Epilogue::default());
             let qkv = self.cheap(|b| b.g.qk_norm(qkv, wq, wk, heads, c.rms_norm_eps));
-            self.cheap(|b| b.g.rope(qkv, positions, heads, theta))
+            self.cheap(|b| b.g.rotary(qkv, rotary))
         } else {
-            let rotary = Some(Rotary { positions, heads, theta });
-            self.g.linear(h, w, Epilogue { rotary, ..Default::default() })
+            self.g.rotary_linear(h, w, rotary)
         };
         let o = self.attend(i, qkv, place);
         let w = self.weight(&layer(i, "self_attn.o_proj.weight"));
@@ -515,17 +520,18 @@ impl<'c> Builder<'c> {
     }
 
     /// Caches where there is a cache, and attends: `[N, (H + 2 Hkv) D]` to `[N, H D]`.
-    fn attend(&mut self, i: usize, qkv: Tensor, place: &Place) -> Tensor {
+    fn attend(&mut self, i: usize, qkv: Qkv, place: &Place) -> Tensor {
         let heads = self.config.heads();
-        let (n, packed) = (self.g.spec(qkv).shape.rows(), self.g.spec(qkv).shape.last());
+        let shape = self.g.spec(qkv.tensor()).shape;
+        let (n, packed) = (shape.rows(), shape.last());
         let o = match *place {
             Place::Packed { rows, row_start, row_end, .. } => {
-                self.show(&format!("qkv.{i}"), qkv);
-                let qkv = self.cheap(|b| b.g.reshape(qkv, [rows, n / rows.max(1), packed]));
+                self.show(&format!("qkv.{i}"), qkv.tensor());
+                let qkv = self.cheap(|b| qkv.reshape(&mut b.g, [rows, n / rows.max(1), packed]));
                 self.g.attention(qkv, row_start, row_end, heads)
             }
             Place::Cached { extend: e, positions, slots, row_start, row_end } => {
-                let qkv = self.g.reshape(qkv, [e.rows, e.positions, packed]);
+                let qkv = self.g.reshape(qkv.tensor(), [e.rows, e.positions, packed]);
                 let (q, kv) = (heads.heads * heads.width, heads.kv_heads * heads.width);
                 let shape = [e.slots, e.capacity, kv];
                 let mut cache = |what, at| {

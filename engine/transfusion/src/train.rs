@@ -57,6 +57,9 @@ pub struct TrainOptions {
     pub gradients: Float,
     /// What AdamW's moments are stored as: `float32` or `bfloat16`.
     pub moments: Float,
+    /// Whether a step has the same bits every time. Without, kernels for Hopper add up attention's gradient as their blocks
+    /// come, which spares them to wait for turns; other devices know only this way.
+    pub deterministic: bool,
     /// Seed of weights, order, noise levels and noise.
     pub seed: u64,
 }
@@ -82,6 +85,7 @@ impl Default for TrainOptions {
             recompute: Recompute::None,
             gradients: Float::Float32,
             moments: Float::Float32,
+            deterministic: true,
             seed: 0,
         }
     }
@@ -174,7 +178,12 @@ impl TrainOptions {
 
     /// What the program of a micro-batch is built from.
     pub fn loss(&self) -> LossOptions {
-        LossOptions { recompute: self.recompute, gradients: self.gradients, ..LossOptions::TRAIN }
+        LossOptions {
+            recompute: self.recompute,
+            gradients: self.gradients,
+            unordered: !self.deterministic,
+            ..LossOptions::TRAIN
+        }
     }
 
     /// What the optimiser's program is built from.

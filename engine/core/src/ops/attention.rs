@@ -8,8 +8,12 @@
 mod kernels;
 mod plain;
 
-use super::{heads::Heads, prelude::*};
-use crate::tensor::Host;
+use super::{
+    heads::Heads,
+    prelude::*,
+    rope::{Before, Qkv, Rope, RopeBwd, Rotary, Turned},
+};
+use crate::{agreement, tensor::Host};
 use std::ops::Range;
 
 /// Queries that share every load of a key.
@@ -24,18 +28,30 @@ const KEYS: usize = 128;
 struct Attention {
     heads: Heads,
     cached: bool,
+    turned: Turned,
 }
 
-/// Operands: those of [`Attention`], then `o, lse, do`. Results: `dqkv`, or `dq, dk, dv`.
+/// Operands: those of [`Attention`], then `o, lse, do`, and positions where heads turn back. Results: `dqkv`, or `dq, dk, dv`.
 #[derive(Clone, Copy, Debug)]
-struct AttentionBwd(Attention);
+struct AttentionBwd {
+    of: Attention,
+    rope: Option<Rope>,
+    unordered: bool,
+}
 
 impl Graph {
     /// Attention inside the rows of `qkv [B, T, (H + 2 Hkv) D]`: `[B, T, H D]`. `row_start` and
     /// `row_end` are i32 `[B, T]`, clamped to `0..T`; a query whose interval is empty yields zero.
     #[track_caller]
-    pub fn attention(&mut self, qkv: Tensor, row_start: Tensor, row_end: Tensor, heads: Heads) -> Tensor {
-        self.push::<2>(Attention { heads, cached: false }, &[qkv, row_start, row_end])[0]
+    pub fn attention(
+        &mut self,
+        qkv: impl Into<Qkv>,
+        row_start: Tensor,
+        row_end: Tensor,
+        heads: Heads,
+    ) -> Tensor {
+        let Qkv { x, turned } = qkv.into();
+        self.push::<2>(Attention { heads, cached: false, turned }, &[x, row_start, row_end])[0]
     }
 
     /// Attention of `q [B, Tq, W]`, whose first H D columns are the queries (so packed rows will do),
@@ -53,7 +69,8 @@ impl Graph {
         row_end: Tensor,
         heads: Heads,
     ) -> Tensor {
-        self.push::<2>(Attention { heads, cached: true }, &[q, k, v, slots, row_start, row_end])[0]
+        let op = Attention { heads, cached: true, turned: Turned(None) };
+        self.push::<2>(op, &[q, k, v, slots, row_start, row_end])[0]
     }
 }
 
@@ -993,15 +1010,27 @@ impl Op for Attention {
 
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(d) = d[0] else { return Ok(vec![Grad::Stop("lse is no result"); n.ins.len()]) };
-        let ins: Vec<Tensor> = n.ins.iter().chain(&n.outs).copied().chain([d]).collect();
+        let unordered = g.unordered;
+        let ins = n.ins.iter().chain(&n.outs).copied().chain([d]);
         let mut grads = vec![Grad::Integer; n.ins.len()];
         if self.cached {
-            let given: [Tensor; 3] = g.push(AttentionBwd(*self), &ins);
+            let op = AttentionBwd { of: *self, rope: None, unordered };
+            let given: [Tensor; 3] = g.push(op, &ins.collect::<Vec<_>>());
             grads.iter_mut().zip(given).for_each(|(grad, given)| *grad = Grad::To(given));
-        } else {
-            let [dqkv] = g.push(AttentionBwd(*self), &ins);
-            grads[0] = Grad::To(dqkv);
+            return Ok(grads);
         }
+        let before = self.turned.0;
+        let op = AttentionBwd { of: *self, rope: before.map(|b| b.rope), unordered };
+        let ins: Vec<Tensor> = ins.chain(before.map(|b| b.positions)).collect();
+        let [dqkv] = g.push(op, &ins);
+        grads[0] = match before {
+            None => Grad::To(dqkv),
+            Some(Before { heads, shape, .. }) => {
+                let dqkv = g.reshape(dqkv, shape);
+                g.arrive(heads, dqkv);
+                Grad::Stop("it goes to what the heads were before they turned")
+            }
+        };
         Ok(grads)
     }
 }
@@ -1012,24 +1041,31 @@ impl Op for AttentionBwd {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        Ok(ins[..if self.0.cached { 3 } else { 1 }].to_vec())
+        if let (Some(rope), Some(&positions)) = (self.rope, ins.last()) {
+            rope.infer(&[ins[0], positions])?;
+        }
+        Ok(ins[..if self.of.cached { 3 } else { 1 }].to_vec())
     }
 
     fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
-        let operands = &ins[..self.0.operands()];
-        let ((batch, p), size) = (self.0.problem(operands), ins[0].dtype.accumulator().size());
+        let operands = &ins[..self.of.operands()];
+        let ((batch, p), size) = (self.of.problem(operands), ins[0].dtype.accumulator().size());
         // With caches the gradients of all batch rows wait for each other.
-        let rows = if self.0.cached { batch } else { threads.min(batch) };
+        let rows = if self.of.cached { batch } else { threads.min(batch) };
         let heads = threads.min(rows * p.heads.kv_heads);
         let [key_len, query_len] = p.backward_lens();
         let head = (key_len + p.heads.group() * query_len) * size;
-        [vec![rows * p.heads.kv_heads * p.gradient_len() * size], vec![head; heads]].concat()
+        let all = [vec![rows * p.heads.kv_heads * p.gradient_len() * size], vec![head; heads]].concat();
+        match self.rope {
+            Some(rope) => most([all, rope.space(ins[0])]),
+            None => all,
+        }
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu) {
         real!(outs[0], T => {
-            let problem = Problem::<T>::new(&self.0, ins);
-            let at = self.0.operands();
+            let problem = Problem::<T>::new(&self.of, ins);
+            let at = self.of.operands();
             let [o, lse, d] = [at, at + 1, at + 2].map(|i| T::read(&ins[i]));
             let arrived = Arrived { o, lse, d };
             match outs {
@@ -1039,20 +1075,28 @@ impl Op for AttentionBwd {
                 }
                 _ => outs.iter_mut().for_each(|out| T::write(out).fill(T::ZERO)),
             }
+            if let ([dqkv], Some(rope), Some(positions)) = (outs, self.rope, ins.last()) {
+                rope.run(&[], positions.i32(), T::write(dqkv), -1.0, cpu);
+            }
         });
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        plain::backward(&self.0, specs, ins)
+        let turned = self.of.operands() + 3;
+        let given = plain::backward(&self.of, &specs[..turned], &ins[..turned])?;
+        let Some(rope) = self.rope else { return Some(given) };
+        let dqkv = given.into_iter().chain(ins.last().cloned()).collect::<Vec<_>>();
+        agreement::stored(RopeBwd(rope), &[specs[0], *specs.last()?], &dqkv)
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::backward(&self.0, ins, outs, on)
+        kernels::backward(self, ins, outs, on)
     }
 
     /// See [`Attention::flops`].
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        Cost { flops: self.0.flops(&ins[..self.0.operands()], 5), bytes: traffic(ins, outs) }
+        let turned = self.rope.map_or(0, |rope| rope.flops(ins[0]));
+        Cost { flops: self.of.flops(&ins[..self.of.operands()], 5) + turned, bytes: traffic(ins, outs) }
     }
 }
 
@@ -1078,6 +1122,24 @@ fn packed_case(name: &str, heads: Heads, batch: usize, t: usize, mask: Mask) -> 
         .normal([batch, t, heads.q_columns() + 2 * heads.kv_columns()])
         .ints([batch, t], &mask.0)
         .ints([batch, t], &mask.1)
+}
+
+/// The same of heads that turn before.
+fn turned_case(name: &str, heads: Heads, batch: usize, t: usize, mask: Mask) -> Case {
+    // Every seventh row is unused, others are far away.
+    let at = |i: usize| match i % 7 {
+        3 => -1,
+        4 => 100_003 + i as i32,
+        _ => (i % t) as i32,
+    };
+    Case::new("attention", name, move |g, x| {
+        let qkv = g.rotary(x[0], Rotary { positions: x[3], heads, theta: 1e4 });
+        vec![g.attention(qkv, x[1], x[2], heads)]
+    })
+    .normal([batch, t, heads.packed_width()])
+    .ints([batch, t], &mask.0)
+    .ints([batch, t], &mask.1)
+    .ints([batch * t], &(0..batch * t).map(at).collect::<Vec<_>>())
 }
 
 /// Queries of `width` columns over 5 caches of 19 positions.
@@ -1132,7 +1194,8 @@ pub(super) fn cases() -> Vec<Case> {
         packed_case("documents with images, 4/2 heads", heads(4, 2, 16), 2, 37, mixed),
         packed_case("several tiles, 4/1 heads of 5", heads(4, 1, 5), 1, 131, several),
         packed_case("several tiles, causal", heads(2, 1, 20), 1, 131, causal(131)),
-        packed_case("any intervals", heads(3, 3, 5), 2, 9, holes),
+        packed_case("any intervals", heads(3, 3, 5), 2, 9, holes.clone()),
+        turned_case("any intervals of turned heads", heads(3, 3, 6), 2, 9, holes),
         cached_case("one query", heads(4, 2, 8), 1, 32, &[3, -1, 0, 4]),
         cached_case("seven queries of packed rows", heads(4, 2, 5), 7, 40, &[2, 2, -1, 0, 9, 1]),
     ]
@@ -1170,6 +1233,14 @@ fn device_cases() -> Vec<Case> {
         ];
         cases.extend(masks.map(|(name, heads, batch, t, mask)| {
             packed_case(&format!("{name}, heads of {d}"), heads, batch, t, mask).large()
+        }));
+        let turned = [
+            ("turned heads", heads(3, 1, d), 2, 67, causal(67)),
+            ("turned heads of whole tiles", heads(1, 1, d), 1, 256, bounds(256, |_, t| (0, t))),
+            ("turned heads of documents", heads(2, 2, d), 1, 197, documents(&[(130, 3..90), (67, 0..0)])),
+        ];
+        cases.extend(turned.map(|(name, heads, batch, t, mask)| {
+            turned_case(&format!("{name}, heads of {d}"), heads, batch, t, mask).large()
         }));
         let slots = [
             ("one query", heads(4, 2, d), 1, 4, &[3, 4, -1][..]),

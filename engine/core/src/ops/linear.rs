@@ -5,7 +5,7 @@ use super::{
     Heads,
     add::column_sum,
     prelude::*,
-    rope::{Rope, RopeBwd},
+    rope::{Qkv, Rope, RopeBwd, Rotary},
     swiglu::{SiluBwd, SwiGluBwd, silu_row, swiglu_bwd_row, swiglu_row},
 };
 use crate::{agreement, tensor::Host};
@@ -23,17 +23,6 @@ pub enum Activation {
     Silu,
     /// SwiGLU over interleaved gate and up: halves the width.
     SwiGlu,
-}
-
-/// Rotary positions of the heads that a product makes, as [`Graph::rope`] takes them.
-#[derive(Clone, Copy, Debug)]
-pub struct Rotary {
-    /// i32, one for each row.
-    pub positions: Tensor,
-    /// What the rows of the product hold.
-    pub heads: Heads,
-    /// Base of the angles.
-    pub theta: f64,
 }
 
 /// What follows a matrix product, in this order.
@@ -127,7 +116,15 @@ impl Graph {
         Factor { x, pre: Some(pre) }
     }
 
-    /// The result, and the product before the activation where there is one.
+    /// The same of heads that turn before they attend: `x [N, K]` times the transpose of `w [(H + 2 Hkv) D, K]`.
+    #[track_caller]
+    pub fn rotary_linear(&mut self, x: Tensor, w: Tensor, rotary: Rotary) -> Qkv {
+        let e = Epilogue { rotary: Some(rotary), ..Default::default() };
+        let [x, before] = self.linear_and_pre(x.into(), w, e);
+        Qkv::turned(x, before, self.spec(x).shape, rotary)
+    }
+
+    /// The result, and the product before the activation or the rotation where there is one.
     #[track_caller]
     fn linear_and_pre(&mut self, Factor { x, pre }: Factor, w: Tensor, e: Epilogue) -> [Tensor; 2] {
         let (bias, residual) = (e.bias.is_some(), e.residual.is_some());
@@ -179,7 +176,7 @@ impl Linear {
         let step = piece_rows(n);
         let stored = outs.last().map_or(T::DTYPE, |pre| pre.stored);
         let (y, pre) = match outs {
-            [y, pre] => (T::write(y), T::write(pre)),
+            [y, pre] if self.rotary.is_none() => (T::write(y), T::write(pre)),
             [pre, ..] => (&mut [][..], T::write(pre)),
             [] => return,
         };
@@ -238,6 +235,8 @@ impl Op for Linear {
                 return Err("heads turn in place of an activation or a residual, not beside them".into());
             }
             rope.infer(&[y, ins[at]])?;
+            // The heads before they turn: nobody stores them, only their gradient arrives.
+            return Ok(vec![y, Spec::new([0], y.dtype)]);
         }
         Ok(if self.activation == Activation::None { vec![y] } else { vec![y, pre] })
     }
@@ -260,7 +259,8 @@ impl Op for Linear {
         let product = Linear { rotary: None, ..*self };
         let y = agreement::stored(product, &specs[..at], &ins[..at])?.pop()?;
         let qkv = product.infer(&specs[..at]).ok()?[0];
-        agreement::stored(rope, &[qkv, specs[at]], &[y, ins[at].clone()])
+        let turned = agreement::stored(rope, &[qkv, specs[at]], &[y, ins[at].clone()])?;
+        Some(turned.into_iter().chain([Host::from_f64(qkv.dtype, [])]).collect())
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
@@ -288,7 +288,7 @@ impl Op for Linear {
             Activation::Silu => g.push::<1>(SiluBwd, &[n.outs[1], dy])[0],
             Activation::SwiGlu => g.push::<1>(SwiGluBwd, &[n.outs[1], dy])[0],
         });
-        // A product whose factor this result is gives its gradient to what was activated.
+        // A product whose factor this result is gives its gradient to what was activated, attention to what has turned.
         let dpre = match (of_result, d.get(1).copied().flatten()) {
             (Some(a), Some(b)) => g.add(a, b),
             (one, other) => match one.or(other) {
@@ -664,5 +664,24 @@ fn rotary_cases() -> Vec<Case> {
         (269, 72, heads(5, 2, 40), false),
         (139, 264, heads(9, 4, 8), true),
     ];
-    small.into_iter().chain(large.map(|(n, k, h, bias)| case(n, k, h, bias).large())).collect()
+    small
+        .into_iter()
+        .chain([attending_case()])
+        .chain(large.map(|(n, k, h, bias)| case(n, k, h, bias).large()))
+        .collect()
+}
+
+/// Heads that attend after they have turned, and that somebody else reads besides: gradients of both arrive.
+fn attending_case() -> Case {
+    let heads = Heads { heads: 2, kv_heads: 1, width: 4 };
+    let build = move |g: &mut Graph, x: &[Tensor]| {
+        let qkv = g.rotary_linear(x[0], x[1], Rotary { positions: x[2], heads, theta: 1e2 });
+        let rows = qkv.reshape(g, [2, 5, 16]);
+        vec![g.attention(rows, x[3], x[4], heads), g.swiglu(qkv.tensor())]
+    };
+    let case = Case::new("linear", "heads that attend", build).normal([10, 6]).normal([16, 6]);
+    let ends: Vec<i32> = (1..6).collect();
+    case.ints([10], &[0, 1, 2, -1, 4, 3, 9, 1, 0, 7])
+        .ints([2, 5], &[0; 10])
+        .ints([2, 5], &[&ends[..]; 2].concat())
 }

@@ -4,6 +4,72 @@
 //!
 //! Angles are computed in f64 from the position alone, so a row turns the same in every batch.
 use super::{Heads, lots, prelude::*};
+use crate::tensor::Shape;
+use std::fmt;
+
+/// Rotary positions of packed heads.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotary {
+    /// i32, one for each row; a row at a negative position is unused and stays as it is.
+    pub positions: Tensor,
+    /// What the rows hold.
+    pub heads: Heads,
+    /// Base of the angles.
+    pub theta: f64,
+}
+
+/// Packed heads that attend: a tensor, or one whose q and k heads have turned; the gradient then reaches what they were
+/// before without that of the turned ones being stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Qkv {
+    pub(super) x: Tensor,
+    pub(super) turned: Turned,
+}
+
+impl Qkv {
+    pub(super) fn turned(x: Tensor, before: Tensor, shape: Shape, rotary: Rotary) -> Qkv {
+        let Rotary { positions, heads, theta } = rotary;
+        let rope = Rope { heads, theta };
+        Qkv { x, turned: Turned(Some(Before { heads: before, shape, positions, rope })) }
+    }
+
+    /// The heads themselves.
+    pub fn tensor(self) -> Tensor {
+        self.x
+    }
+
+    /// The same under another shape.
+    #[track_caller]
+    pub fn reshape(self, g: &mut Graph, shape: impl Into<Shape>) -> Qkv {
+        Qkv { x: g.reshape(self.x, shape), ..self }
+    }
+}
+
+impl From<Tensor> for Qkv {
+    fn from(x: Tensor) -> Qkv {
+        Qkv { x, turned: Turned(None) }
+    }
+}
+
+/// What heads were before they turned. Only the adjoint of a reader asks for it: ops that differ in nothing else are
+/// written alike.
+#[derive(Clone, Copy)]
+pub(super) struct Turned(pub Option<Before>);
+
+/// Heads before they turned, the shape of their gradient, and how they did.
+#[derive(Clone, Copy)]
+pub(super) struct Before {
+    pub heads: Tensor,
+    pub shape: Shape,
+    pub positions: Tensor,
+    pub rope: Rope,
+}
+
+impl fmt::Debug for Turned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0.is_some(), f)
+    }
+}
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rope {
@@ -21,6 +87,13 @@ impl Graph {
     #[track_caller]
     pub fn rope(&mut self, qkv: Tensor, positions: Tensor, heads: Heads, theta: f64) -> Tensor {
         self.push::<1>(Rope { heads, theta }, &[qkv, positions])[0]
+    }
+
+    /// The same for heads that attend.
+    #[track_caller]
+    pub fn rotary(&mut self, qkv: Tensor, rotary: Rotary) -> Qkv {
+        let x = self.rope(qkv, rotary.positions, rotary.heads, rotary.theta);
+        Qkv::turned(x, qkv, self.spec(qkv).shape, rotary)
     }
 }
 
@@ -82,6 +155,11 @@ impl Rope {
     /// What turns the q and k heads of `y` in place.
     pub(super) fn forward(&self, y: Arg, positions: Arg, qkv: Spec, on: &Target) -> Result<Launch, String> {
         self.launch("fwd", vec![y, positions], qkv, on)
+    }
+
+    /// What turns those of `y` back, in place.
+    pub(super) fn backward(&self, y: Arg, positions: Arg, qkv: Spec, on: &Target) -> Result<Launch, String> {
+        self.launch("bwd", vec![y.clone(), y, positions], qkv, on)
     }
 
     /// theta^(-2/D) as a fraction of 2^64, for heads that kernels turn.

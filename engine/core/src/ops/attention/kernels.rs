@@ -1,7 +1,7 @@
 //! What `kernels-cu/attention.cu` and, for few queries, `attention_decode.cu` are launched with; on Hopper
 //! `attention_wgmma.cu` and `attention_wgmma_bwd.cu`.
 use super::super::prelude::*;
-use super::Attention;
+use super::{super::rope::Rope, Attention, AttentionBwd};
 use crate::launch::{Geometry, Operand};
 
 const THREADS: u32 = 128;
@@ -21,8 +21,6 @@ const HOPPER_BACKWARD: u32 = 64;
 /// The most that a block has besides.
 const HOPPER_STATIC: u32 = 3072;
 
-/// Whether dq is added up in the same order every time; else what it is added to must be zeros.
-const ORDERED: u32 = 1;
 /// Scratch of Hopper's backward pass: two words, and one for each head and 64 queries; dq in f32.
 const WORDS: usize = 3;
 const SUMS: usize = 4;
@@ -289,24 +287,32 @@ impl Problem {
     }
 
     /// What was prepared becomes dq, dk and dv: in one pass, and where something is not finite in two; or in two alone.
+    /// All of them turn dq and dk back, if there is a rotation.
     fn hopper_backward(
         &self,
         h: Hopper,
         [dq, dk, dv]: [Arg; 3],
         grad: &Arg,
         prepared: &[Arg; 3],
+        rotation: Option<&(Rope, Arg)>,
+        unordered: bool,
     ) -> Result<Vec<Launch>, String> {
         let width = self.heads * self.width.width;
         let grad = Self::map(grad, [self.batch, self.queries, width], HOPPER_BACKWARD);
         let reads = self.maps(HOPPER_BACKWARD).into_iter().chain([grad]).chain(prepared.iter().cloned());
         let reads: Vec<Arg> = reads.chain([self.slots.clone()]).collect();
+        // Positions that are not there are named all the same, and not read.
+        let positions = rotation.map_or(&self.start, |(_, positions)| positions);
+        let ratio = rotation.map(|(rope, _)| rope.ratio()).transpose()?.unwrap_or(0);
+        let turning = [Arg::U32(rotation.is_some().into()), Arg::U64(ratio), Arg::F32(self.scale)];
         let [words, sums] = [Arg::scratch(WORDS), Arg::scratch(SUMS)];
         let wanted = Arg::Address(Operand::Scratch(WORDS), 4);
         let args = |outs: &[Arg], more: &[Arg], batch: Option<u32>, stride: u32, last: &[u32]| {
             let sizes = [self.queries, self.keys, self.heads, self.group(), stride];
             let sizes = batch.into_iter().chain(sizes).map(Arg::U32).chain(self.columns()?);
-            let last = last.iter().copied().map(Arg::U32).chain([Arg::F32(self.scale)]);
-            Ok::<_, String>(outs.iter().chain(&reads).chain(more).cloned().chain(sizes).chain(last).collect())
+            let last = last.iter().copied().map(Arg::U32).chain(turning.clone());
+            let reads = outs.iter().chain(&reads).chain([positions]).chain(more).cloned();
+            Ok::<_, String>(reads.chain(sizes).chain(last).collect())
         };
         let launch = |pass, grid, threads, shared, args| {
             Launch::kernel(self.entry(&format!("{pass}_wgmma")), grid, threads, shared, args)
@@ -315,23 +321,26 @@ impl Problem {
         let (over_keys, over_queries) = (self.over_keys(HOPPER_ROWS), self.over_queries(HOPPER_ROWS));
         let (batch, keys, queries) = (Some(self.batch), self.kv_stride, self.q_stride);
         let outs = [dk.clone(), dv.clone(), sums.clone(), words.clone()];
-        let once = args(&outs, &[], batch, keys, &[self.caches, ORDERED])?;
-        let finish = [dq.clone(), words, sums, prepared[2].clone()];
+        let once = args(&outs, &[], batch, keys, &[self.caches, (!unordered).into()])?;
+        let finish = [dq.clone(), words, sums, prepared[2].clone(), positions.clone()];
         let finish = finish.into_iter().chain([self.queries, queries].map(Arg::U32));
-        let finish = finish.chain([Arg::F32(self.scale)]).collect();
+        let finish = finish.chain(turning.clone()).collect();
         let wanted = [wanted];
         let [twice_keys, twice_queries] = [
             args(&[dk, dv], &wanted, batch, keys, &[self.caches])?,
             args(&[dq], &wanted, None, queries, &[self.caches])?,
         ];
+        // What is added to in any order must be zeros.
+        let zeros = unordered.then(|| fill(SUMS, 0));
         let mut all = match h.once {
             Some(shared) => vec![
                 fill(WORDS, 0),
                 launch("bwd", over_keys, HOPPER_THREADS, shared, once),
-                launch("bwd_finish", self.over_queries(SPAN), THREADS, 0, finish),
+                launch("bwd_finish", self.over_queries(SPAN), THREADS, self.width.tile(SPAN), finish),
             ],
             None => vec![fill(WORDS, 1)],
         };
+        all.splice(0..0, zeros);
         all.extend([
             launch("bwd_keys", over_keys, HOPPER_THREADS, h.keys, twice_keys),
             launch("bwd_queries", over_queries, HOPPER_THREADS, h.queries, twice_queries),
@@ -394,7 +403,12 @@ pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kerne
 
 /// Scratch: stats (2 f32 a query and head), intervals (2 i32 a query), spans (4 i32 for 64 queries); on Hopper `WORDS` and
 /// `SUMS`.
-pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+pub(super) fn backward(
+    &AttentionBwd { of: ref op, rope, unordered }: &AttentionBwd,
+    ins: &[Spec],
+    outs: &[Spec],
+    on: &Target,
+) -> Result<Kernels, String> {
     let own = op.operands();
     let p = Problem::new(op, &ins[..own], on)?;
     let fill = |o: usize| Launch::Fill { what: Operand::Out(o), byte: 0 };
@@ -417,15 +431,19 @@ pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target)
     args.extend([p.queries, p.keys, p.heads, p.caches].map(Arg::U32));
     let prepare = Launch::kernel(p.entry("bwd_prepare"), p.over_queries(SPAN), THREADS, 0, args);
 
-    let passes = match p.hopper(on) {
+    let rotation = rope.map(|rope| (rope, Arg::input(own + 3)));
+    let mut passes = match p.hopper(on) {
         Some(h) => {
             let tiles = p.heads as usize * p.batch as usize * spans;
             let sums = h.once.map_or(0, |_| tiles * p.width.tile(SPAN) as usize * 2);
             scratch.extend([(2 + tiles) * 4, sums]);
-            p.hopper_backward(h, [dq, dk, dv], &grad, &prepared)?
+            p.hopper_backward(h, [dq, dk, dv], &grad, &prepared, rotation.as_ref(), unordered)?
         }
         None => p.backward([dq, dk, dv], &grad, &prepared),
     };
+    if let Some((rope, positions)) = rotation.filter(|_| p.hopper(on).is_none()) {
+        passes.push(rope.backward(Arg::output(0), positions, outs[0], on)?);
+    }
     // Columns of packed rows beside the queries.
     let others = (op.cached && ins[0].shape.last() > h.q_columns()).then(|| fill(0));
     // Without keys there is nothing over them to launch.
@@ -437,7 +455,7 @@ pub(super) fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target)
 #[cfg(test)]
 mod tests {
     use super::super::Heads;
-    use super::*;
+    use super::{super::Turned, *};
 
     fn packed(batch: usize, t: usize, heads: Heads, dtype: DType) -> [Spec; 3] {
         let mask = Spec::new([batch, t], DType::I32);
@@ -445,7 +463,7 @@ mod tests {
     }
 
     fn op(heads: usize, kv_heads: usize, width: usize, cached: bool) -> Attention {
-        Attention { heads: Heads { heads, kv_heads, width }, cached }
+        Attention { heads: Heads { heads, kv_heads, width }, cached, turned: Turned(None) }
     }
 
     fn launches(kernels: &Kernels) -> Vec<(&str, [u32; 3], u32)> {
@@ -477,6 +495,10 @@ mod tests {
         assert_eq!((&map.extents[..], &map.strides[..]), (&[512, 300, 3][..], &[1024, 307_200][..]));
         assert_eq!(args[2..5], [(); 3].map(|()| Arg::Map(Operand::In(0), map.clone())));
         assert_eq!(args[12..14], [Arg::U32(256), Arg::U32(384)]);
+    }
+
+    fn backward(op: &Attention, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
+        super::backward(&AttentionBwd { of: *op, rope: None, unordered: false }, ins, outs, on)
     }
 
     #[test]
@@ -524,11 +546,45 @@ mod tests {
                 ("attention_bwd_prepare_d128_bf16", [5, 4, 3], 0),
                 ("fill", [0; 3], 0),
                 ("attention_bwd_wgmma_d128_bf16", [3, 2, 3], 201_728),
-                ("attention_bwd_finish_wgmma_d128_bf16", [5, 4, 3], 0),
+                ("attention_bwd_finish_wgmma_d128_bf16", [5, 4, 3], 16_384),
                 ("attention_bwd_keys_wgmma_d128_bf16", [3, 2, 3], 170_040),
                 ("attention_bwd_queries_wgmma_d128_bf16", [3, 4, 3], 196_680),
             ]
         );
+    }
+
+    #[test]
+    fn heads_turn_back_behind_what_has_no_kernels_for_it() {
+        let op = op(4, 2, 64, false);
+        let [qkv, start, end] = packed(3, 300, op.heads, DType::Bf16);
+        let (o, lse) = (Spec::new([3, 300, 256], DType::Bf16), Spec::new([3, 4, 300], DType::F32));
+        let ins = [qkv, start, end, o, lse, o, Spec::new([900], DType::I32)];
+        let op = AttentionBwd { of: op, rope: Some(Rope { heads: op.heads, theta: 1e4 }), unordered: false };
+        let last = |on| {
+            let k = super::backward(&op, &ins, &[qkv], on).unwrap();
+            launches(&k).last().unwrap().0.to_string()
+        };
+        assert_eq!(last(&Target::A100), "rope_bwd_bf16");
+        assert_eq!(last(&Target::H200), "attention_bwd_queries_wgmma_d64_bf16");
+    }
+
+    #[test]
+    fn what_is_added_in_any_order_begins_with_zeros() {
+        let op = op(4, 2, 64, false);
+        let [qkv, start, end] = packed(3, 300, op.heads, DType::Bf16);
+        let (o, lse) = (Spec::new([3, 300, 256], DType::Bf16), Spec::new([3, 4, 300], DType::F32));
+        for unordered in [false, true] {
+            let op = AttentionBwd { of: op, rope: None, unordered };
+            let k = super::backward(&op, &[qkv, start, end, o, lse, o], &[qkv], &Target::H200).unwrap();
+            let zeros = k.launches.contains(&Launch::Fill { what: Operand::Scratch(SUMS), byte: 0 });
+            assert_eq!(zeros, unordered);
+            let once = k.launches.iter().find_map(|l| match l {
+                Launch::Kernel { entry, args, .. } if entry.contains("bwd_wgmma") => Some(args),
+                _ => None,
+            });
+            let ordered = once.unwrap().iter().rev().nth(3);
+            assert_eq!(ordered, Some(&Arg::U32((!unordered).into())));
+        }
     }
 
     #[test]
