@@ -64,7 +64,8 @@ const POISON: [f64; 3] = [f64::NAN, f64::INFINITY, 2.990_487_403_754_736_6e38];
 pub struct Exam {
     targets: &'static [Target],
     questions: Vec<Question>,
-    secrets: Vec<Secret>,
+    /// Each with the machines that it is asked on.
+    secrets: Vec<(Secret, Vec<usize>)>,
 }
 
 /// An application from the case tables.
@@ -160,10 +161,19 @@ impl Exam {
         questions.sort_by_key(Question::flops);
         let secrets = if tables == ["attention"] {
             // Narrow heads have no kernels of Hopper's.
-            attended::secrets(if arch(stem) == BASE { &[32, 64, 128] } else { &[64, 128] })
+            let all = attended::secrets(if arch(stem) == BASE { &[32, 64, 128] } else { &[64, 128] });
+            // With little memory the kernels are those that begin again in any case.
+            let roomy = |t: &usize| targets[*t].shared == targets[0].shared;
+            let on =
+                |s: &Secret| self::targets(&s.application, arch(stem), targets).into_iter().filter(roomy);
+            let with_machines = |s: Secret| {
+                let on = on(&s).collect();
+                (s, on)
+            };
+            all.into_iter().map(with_machines).collect()
         } else {
             let small = questions.iter().filter(|q| q.flops() <= SECRET_FLOPS);
-            small.filter_map(|q| rows::secret(&q.case, &q.application)).collect()
+            small.filter_map(|q| rows::secret(&q.case, &q.application)).map(|s| (s, vec![0])).collect()
         };
         Exam { targets, questions, secrets }
     }
@@ -210,8 +220,9 @@ impl Exam {
 
     /// Where poison comes through, or does not come through where it should.
     pub fn leaks<'a>(&'a self, kernels: &'a [Module]) -> impl Iterator<Item = String> + 'a {
-        let mut machine = simulator(self.targets[0], 0, kernels);
-        self.secrets.iter().flat_map(move |s| s.leaks(&s.application, &mut machine)).map(|leak| leak.what)
+        let mut machines: Vec<SimDevice> = self.targets.iter().map(|&t| simulator(t, 0, kernels)).collect();
+        let each = self.secrets.iter().flat_map(|(s, on)| on.iter().map(move |&t| (s, t)));
+        each.flat_map(move |(s, t)| s.leaks(&s.application, &mut machines[t])).map(|leak| leak.what)
     }
 }
 

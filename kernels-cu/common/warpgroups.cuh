@@ -71,17 +71,18 @@ INLINE bool again_carefully(int& spoilt, int largest) {
     return *(const volatile int*)&spoilt != 0;
 }
 
-// `clean`s `COUNT` rows at `at`, of a tile of D and `ROWS`, together with the others who multiply.
-template <int D, int ROWS, int COUNT>
+// `clean`s `COUNT` rows at `at`, of a tile of D and `ROWS`, together with the others who multiply, or with this warpgroup.
+template <int D, int ROWS, int COUNT, int THREADS = MULTIPLIERS>
 INLINE void clean_rows(u32 at) {
-    for (int s = 0; s < D / 64; s++) clean(at + s * SLAB<ROWS>, COUNT * 128, threadIdx.x - 128, MULTIPLIERS);
+    for (int s = 0; s < D / 64; s++) clean(at + s * SLAB<ROWS>, COUNT * 128, threadIdx.x % THREADS, THREADS);
 }
 
-// Between what all who multiply read of tiles, and the products that follow: `each()` cleans.
-template <typename Each>
+// Between what those threads read of tiles, and the products that follow: `each()` cleans.
+template <int THREADS = MULTIPLIERS, typename Each>
 INLINE void clean_together(const Each& each) {
-    meet<CLEANING, MULTIPLIERS>();
+    const u32 barrier = THREADS == MULTIPLIERS ? CLEANING : TURN - 1 + threadIdx.x / 128;
+    meet<THREADS>(barrier);
     each();
     fence_writes();
-    meet<CLEANING, MULTIPLIERS>();
+    meet<THREADS>(barrier);
 }

@@ -277,6 +277,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("unused rows", 7, 13, 11, &[3, -1, 10, 0, 11, 5, -1], 5.0),
         case("another count", 131, 8, 37, &[0, 5, 36, -1, 7], 40.0),
         case("nothing counted", 3, 4, 8, &[-1], 0.0),
+        // On Hopper's kernels, too.
+        case("nothing counted of many", 131, 72, 257, &[3, -1, 5, 256, 257], 0.0).large(),
         case("few used, whole vectors", 19, 8, 16, &[3, -1, 15, 0, 16, -7], 9.0),
         // Rows without a target hold no numbers at all.
         Case::new("cross_entropy", "unused rows hold NaN", |g, x| {

@@ -15,8 +15,9 @@ const KEYS: u32 = 64;
 /// Threads of a block on Hopper, and the rows that it keeps.
 const HOPPER_THREADS: u32 = 384;
 const HOPPER_ROWS: u32 = 128;
-/// Keys that pass by a block forward, and queries or keys backward.
+/// Queries of a block, and keys of a tile that passes by, forward; where blocks would be few, and queries or keys backward.
 const HOPPER_FORWARD: u32 = 128;
+const HOPPER_FEW: u32 = 64;
 const HOPPER_BACKWARD: u32 = 64;
 /// The most that a block has besides.
 const HOPPER_STATIC: u32 = 3072;
@@ -84,6 +85,7 @@ impl Width {
         let sums = 2 * HOPPER_ROWS * HOPPER_BACKWARD * 2 + 2 * self.tile(HOPPER_BACKWARD);
         Some(Hopper {
             forward: ring(1, 2 * forward, self.tile(HOPPER_FORWARD)),
+            few: self.tile(HOPPER_FEW) + 4 * forward * (self.tile(HOPPER_FEW) + 16) + 8,
             once: Some(of_keys(once).next_multiple_of(1024) + sums),
             keys: of_keys(keys),
             queries: ring(2, 4, passing),
@@ -95,6 +97,7 @@ impl Width {
 #[derive(Clone, Copy, Debug)]
 struct Hopper {
     forward: u32,
+    few: u32,
     /// Backward in one pass, where that fits; then in two.
     once: Option<u32>,
     keys: u32,
@@ -275,15 +278,18 @@ impl Problem {
         self.heads / self.kv_heads
     }
 
-    fn hopper_forward(&self, shared: u32) -> Result<Launch, String> {
+    /// Blocks of fewer queries, whose warpgroups share out the keys, where others would leave half of the machine idle.
+    fn hopper_forward(&self, h: Hopper, on: &Target) -> Result<Launch, String> {
+        let few = self.over_queries(HOPPER_FEW).iter().product::<u32>() <= on.sms;
+        let (pass, tile, shared) =
+            if few { ("fwd_few_wgmma", HOPPER_FEW, h.few) } else { ("fwd_wgmma", HOPPER_FORWARD, h.forward) };
         let mut args = vec![Arg::output(0), Arg::output(1)];
-        args.extend(self.maps(HOPPER_FORWARD));
+        args.extend(self.maps(tile));
         args.extend([&self.slots, &self.start, &self.end].map(Arg::clone));
         args.extend([self.queries, self.keys, self.heads, self.group()].map(Arg::U32));
         args.extend(self.columns()?);
         args.extend([Arg::U32(self.caches), Arg::F32(self.scale)]);
-        let grid = self.over_queries(HOPPER_ROWS);
-        Ok(Launch::kernel(self.entry("fwd_wgmma"), grid, HOPPER_THREADS, shared, args))
+        Ok(Launch::kernel(self.entry(pass), self.over_queries(tile), HOPPER_THREADS, shared, args))
     }
 
     /// What was prepared becomes dq, dk and dv: in one pass, and where something is not finite in two; or in two alone.
@@ -389,7 +395,7 @@ pub(super) fn forward(op: &Attention, ins: &[Spec], on: &Target) -> Result<Kerne
         return p.decode(on);
     }
     if let Some(h) = p.hopper(on) {
-        return Ok(Kernels { scratch: vec![], launches: vec![p.hopper_forward(h.forward)?] });
+        return Ok(Kernels { scratch: vec![], launches: vec![p.hopper_forward(h, on)?] });
     }
     let mut args = vec![Arg::output(0), Arg::output(1)];
     args.extend([&p.q, &p.k, &p.v, &p.slots, &p.start, &p.end].map(Arg::clone));
@@ -488,7 +494,9 @@ mod tests {
     #[test]
     fn hopper_reads_layers_of_rows() {
         let op = op(4, 2, 64, false);
-        let k = forward(&op, &packed(3, 300, op.heads, DType::Bf16), &Target::H200).unwrap();
+        let on = |sms| forward(&op, &packed(3, 300, op.heads, DType::Bf16), &Target { sms, ..Target::H200 });
+        assert_eq!(launches(&on(60).unwrap()), [("attention_fwd_few_wgmma_d64_bf16", [5, 4, 3], 139_528)]);
+        let k = on(59).unwrap();
         assert_eq!(launches(&k), [("attention_fwd_wgmma_d64_bf16", [3, 4, 3], 147_592)]);
         let Launch::Kernel { args, .. } = &k.launches[0] else { panic!("{k:?}") };
         let Arg::Map(Operand::In(0), map) = &args[3] else { panic!("{args:?}") };
