@@ -11,16 +11,17 @@
 // Target  sm_90a
 //
 // entry                                 grid     block  shared    arguments                                             bytes        flops
-// cross_entropy_fwd_wgmma_128x256_bf16  <=T      384    0+218192  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
-// cross_entropy_fwd_wgmma_128x192_bf16  <=T      384    0+226400  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
-// cross_entropy_fwd_wgmma_64x128_bf16   <=T      384    0+218256  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
+// cross_entropy_fwd_wgmma_128x256_bf16  <=T      384    0+230480  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
+// cross_entropy_fwd_wgmma_128x192_bf16  <=T      384    0+230496  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
+// cross_entropy_fwd_wgmma_64x128_bf16   <=T      384    0+230544  parts each | h:map w:map targets | N V C |            2NC+2VC+8NP  2NVC+10NV
 // cross_entropy_fwd_merge_f32           N/8      256    0         lse each | parts targets | N V P |                    8NP          10NP
-// cross_entropy_bwd_wgmma_128x256_bf16  <=T      384    0+218192  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
-// cross_entropy_bwd_wgmma_128x192_bf16  <=T      384    0+226400  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
-// cross_entropy_bwd_wgmma_64x128_bf16   <=T      384    0+218256  dz | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
+// cross_entropy_bwd_wgmma_128x256_bf16  <=T      384    0+230480  dz:map | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
+// cross_entropy_bwd_wgmma_128x192_bf16  <=T      384    0+230496  dz:map | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
+// cross_entropy_bwd_wgmma_64x128_bf16   <=T      384    0+230544  dz:map | h:map w:map targets lse count dloss | N V M C |  2NC+2VC+2NM  2NVC+6NV
 // cross_entropy_bwd_keep_bf16           NC/2048  256    0         kept | h targets | N V C |                            4NC          -
 //
-// Needs   C % 8 == 0, rows 16-byte aligned; maps as the forward pass of linear_wgmma.cu; any N and V but 0.
+// Needs   C % 8 == 0, rows 16-byte aligned; maps as in linear_wgmma.cu, of h and w as its forward pass, of dz as its dx;
+//         any N and V but 0.
 // Rounds  dz once; sums in f32, fixed order (deterministic).
 #include "common/cross_entropy.cuh"
 #include "common/product_wgmma.cuh"
@@ -107,28 +108,33 @@ INLINE void forward(float2* parts, float* each, const TensorMap& h, const Tensor
 
 // What is stored of logits.
 struct LogitsGradient {
-    static constexpr int WIDTH = 8;
-    bf16* dz;
+    struct Row {
+        int target;
+        float lse;
+        // All bits of a row that is used.
+        u32 mask;
+    };
     const int* targets;
     const float* lse;
-    u32 vocabulary, width;
+    u32 rows, vocabulary;
     float scale;
 
-    INLINE void operator()(u64 row, u32 column, float (&z)[8]) const {
-        const int target = targets[row];
-        const bool used = is_used(target, vocabulary);
-        logits_gradient(z, column, target, vocabulary, used ? lse[row] : 0.0f, scale);
-        store16(dz + row * width + column, used ? packed(z) : Vec16{});
+    INLINE Row row(u32 n) const {
+        const int target = n < rows ? targets[n] : -1;
+        if (!is_used(target, vocabulary)) return {target, 0.0f, 0};
+        return {target, lse[n], ~0u};
+    }
+    INLINE u32 operator()(const Row& of, u32 column, float a, float b) const {
+        float z[2] = {a, b};
+        logits_gradient(z, column, of.target, vocabulary, of.lse, scale);
+        return pack(z[0], z[1]) & of.mask;
     }
 };
 
 template <typename T>
-INLINE void backward(bf16* dz, const TensorMap& h, const TensorMap& w, const int* targets, const float* lse, float scale,
-                     u32 rows, u32 vocabulary, u32 width, u32 depth) {
-    const LogitsGradient out{dz, targets, lse, vocabulary, width, scale};
-    product<T, true, true>(h, w, rows, width, depth, depth, [&](const Sums<T>& acc, const Place& at) {
-        finish<T>(acc, at, rows, width, out);
-    });
+INLINE void backward(const TensorMap& dz, const TensorMap& h, const TensorMap& w, const int* targets, const float* lse,
+                     float scale, u32 rows, u32 vocabulary, u32 width, u32 depth) {
+    product_in_boxes<T, true, true>(dz, h, w, rows, width, depth, LogitsGradient{targets, lse, rows, vocabulary, scale});
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
@@ -171,23 +177,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
-    cross_entropy_bwd_wgmma_128x256_bf16(bf16* dz, const __grid_constant__ TensorMap h, const __grid_constant__ TensorMap w,
-        const int* targets, const float* lse, const float* count, const float* dloss, u32 rows, u32 vocabulary, u32 width,
-        u32 depth) {
+    cross_entropy_bwd_wgmma_128x256_bf16(const __grid_constant__ TensorMap dz, const __grid_constant__ TensorMap h,
+        const __grid_constant__ TensorMap w, const int* targets, const float* lse, const float* count, const float* dloss,
+        u32 rows, u32 vocabulary, u32 width, u32 depth) {
     backward<Together>(dz, h, w, targets, lse, *dloss * inverse(*count), rows, vocabulary, width, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
-    cross_entropy_bwd_wgmma_128x192_bf16(bf16* dz, const __grid_constant__ TensorMap h, const __grid_constant__ TensorMap w,
-        const int* targets, const float* lse, const float* count, const float* dloss, u32 rows, u32 vocabulary, u32 width,
-        u32 depth) {
+    cross_entropy_bwd_wgmma_128x192_bf16(const __grid_constant__ TensorMap dz, const __grid_constant__ TensorMap h,
+        const __grid_constant__ TensorMap w, const int* targets, const float* lse, const float* count, const float* dloss,
+        u32 rows, u32 vocabulary, u32 width, u32 depth) {
     backward<Apart>(dz, h, w, targets, lse, *dloss * inverse(*count), rows, vocabulary, width, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
-    cross_entropy_bwd_wgmma_64x128_bf16(bf16* dz, const __grid_constant__ TensorMap h, const __grid_constant__ TensorMap w,
-        const int* targets, const float* lse, const float* count, const float* dloss, u32 rows, u32 vocabulary, u32 width,
-        u32 depth) {
+    cross_entropy_bwd_wgmma_64x128_bf16(const __grid_constant__ TensorMap dz, const __grid_constant__ TensorMap h,
+        const __grid_constant__ TensorMap w, const int* targets, const float* lse, const float* count, const float* dloss,
+        u32 rows, u32 vocabulary, u32 width, u32 depth) {
     backward<Few>(dz, h, w, targets, lse, *dloss * inverse(*count), rows, vocabulary, width, depth);
 }
 

@@ -12,38 +12,38 @@
 // Target  sm_90a
 //
 // entry                                 grid  block  shared    arguments                                                              bytes         flops
-// linear_fwd_wgmma_128x256_bf16         <=T   384    0+218192  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
-// linear_fwd_wgmma_128x192_bf16         <=T   384    0+226400  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
-// linear_fwd_wgmma_64x128_bf16          <=T   384    0+218256  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
-// linear_fwd_silu_wgmma_128x256_bf16    <=T   384    0+218192  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
-// linear_fwd_silu_wgmma_128x192_bf16    <=T   384    0+226400  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
-// linear_fwd_silu_wgmma_64x128_bf16     <=T   384    0+218256  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
-// linear_fwd_swiglu_wgmma_128x256_bf16  <=T   384    0+218192  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
-// linear_fwd_swiglu_wgmma_128x192_bf16  <=T   384    0+226400  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
-// linear_fwd_swiglu_wgmma_64x128_bf16   <=T   384    0+218256  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
-// linear_fwd_rope_wgmma_128x256_bf16    <=T   384    0+218192  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
-// linear_fwd_rope_wgmma_128x192_bf16    <=T   384    0+226400  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
-// linear_fwd_rope_wgmma_64x128_bf16     <=T   384    0+218256  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
-// linear_dx_wgmma_128x256_bf16          <=T   384    0+218192  dx | dy:map w:map | N M K |                                            2NM+2MK+2NK   2NMK
-// linear_dx_wgmma_128x192_bf16          <=T   384    0+226400  dx | dy:map w:map | N M K |                                            2NM+2MK+2NK   2NMK
-// linear_dx_wgmma_64x128_bf16           <=T   384    0+218256  dx | dy:map w:map | N M K |                                            2NM+2MK+2NK   2NMK
-// linear_dx_swiglu_wgmma_128x256_bf16   <=T   384    0+218192  dpre | dy:map w:map pre | N M K |                                      2NM+2MK+8NK   2NMK
-// linear_dx_swiglu_wgmma_128x192_bf16   <=T   384    0+226400  dpre | dy:map w:map pre | N M K |                                      2NM+2MK+8NK   2NMK
-// linear_dx_swiglu_wgmma_64x128_bf16    <=T   384    0+218256  dpre | dy:map w:map pre | N M K |                                      2NM+2MK+8NK   2NMK
-// linear_dw_wgmma_128x256_bf16          <=T   384    0+218192  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
-// linear_dw_wgmma_128x192_bf16          <=T   384    0+226400  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
-// linear_dw_wgmma_64x128_bf16           <=T   384    0+218256  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
-// linear_dw_wgmma_128x256_f32           <=T   384    0+218192  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
-// linear_dw_wgmma_128x192_f32           <=T   384    0+226400  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
-// linear_dw_wgmma_64x128_f32            <=T   384    0+218256  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
-// linear_dw_split_wgmma_128x256_f32     <=TS  384    0+218192  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
-// linear_dw_split_wgmma_128x192_f32     <=TS  384    0+226400  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
-// linear_dw_split_wgmma_64x128_f32      <=TS  384    0+218256  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
+// linear_fwd_wgmma_128x256_bf16         <=T   384    0+230480  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
+// linear_fwd_wgmma_128x192_bf16         <=T   384    0+230496  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
+// linear_fwd_wgmma_64x128_bf16          <=T   384    0+230544  y | x:map w:map bias residual | N M K has_bias has_residual |          2NK+2MK+4NM   2NMK
+// linear_fwd_silu_wgmma_128x256_bf16    <=T   384    0+230480  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
+// linear_fwd_silu_wgmma_128x192_bf16    <=T   384    0+230496  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
+// linear_fwd_silu_wgmma_64x128_bf16     <=T   384    0+230544  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+6NM   2NMK
+// linear_fwd_swiglu_wgmma_128x256_bf16  <=T   384    0+230480  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
+// linear_fwd_swiglu_wgmma_128x192_bf16  <=T   384    0+230496  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
+// linear_fwd_swiglu_wgmma_64x128_bf16   <=T   384    0+230544  y pre | x:map w:map bias residual | N M K has_bias has_residual |      2NK+2MK+4NM   2NMK
+// linear_fwd_rope_wgmma_128x256_bf16    <=T   384    0+230480  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
+// linear_fwd_rope_wgmma_128x192_bf16    <=T   384    0+230496  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
+// linear_fwd_rope_wgmma_64x128_bf16     <=T   384    0+230544  y | x:map w:map bias positions | N M K has_bias D turning ratio:u64 |  2NK+2MK+2NM   2NMK
+// linear_dx_wgmma_128x256_bf16          <=T   384    0+230480  dx:map | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
+// linear_dx_wgmma_128x192_bf16          <=T   384    0+230496  dx:map | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
+// linear_dx_wgmma_64x128_bf16           <=T   384    0+230544  dx:map | dy:map w:map | N M K |                                        2NM+2MK+2NK   2NMK
+// linear_dx_swiglu_wgmma_128x256_bf16   <=T   384    0+230480  dpre | dy:map w:map pre | N M K |                                      2NM+2MK+8NK   2NMK
+// linear_dx_swiglu_wgmma_128x192_bf16   <=T   384    0+230496  dpre | dy:map w:map pre | N M K |                                      2NM+2MK+8NK   2NMK
+// linear_dx_swiglu_wgmma_64x128_bf16    <=T   384    0+230544  dpre | dy:map w:map pre | N M K |                                      2NM+2MK+8NK   2NMK
+// linear_dw_wgmma_128x256_bf16          <=T   384    0+230480  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
+// linear_dw_wgmma_128x192_bf16          <=T   384    0+230496  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
+// linear_dw_wgmma_64x128_bf16           <=T   384    0+230544  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+2MK   2NMK
+// linear_dw_wgmma_128x256_f32           <=T   384    0+230480  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
+// linear_dw_wgmma_128x192_f32           <=T   384    0+230496  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
+// linear_dw_wgmma_64x128_f32            <=T   384    0+230544  dw | dy:map x:map | N M K accumulate |                                 2NM+2NK+4MK   2NMK
+// linear_dw_split_wgmma_128x256_f32     <=TS  384    0+230480  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
+// linear_dw_split_wgmma_128x192_f32     <=TS  384    0+230496  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
+// linear_dw_split_wgmma_64x128_f32      <=TS  384    0+230544  parts | dy:map x:map | N M K depth |                                   2NM+2NK+4SMK  2NMK
 //
 // Needs   K % 8 == 0 and M % 8 == 0, so that rows are 16-byte aligned; no extent of 0; depth % 64 == 0. The boxes of
 //         maps hold 64 elements of a row, swizzled by 128 bytes: of a left factor along the depth all vectors of a tile, of
-//         a right one half of them; of a left factor across it 64 rows, of a right one 32. bias and residual are not read
-//         unless has_bias, has_residual say so.
+//         a right one half of them; of a left factor across it 64 rows, of a right one 32; of dx 16 rows. bias and residual
+//         are not read unless has_bias, has_residual say so.
 // Rounds  once, on store; pre too, before the activation; sums in f32, fixed order (deterministic).
 #include "common/gate.cuh"
 #include "common/product_wgmma.cuh"
@@ -86,8 +86,13 @@ INLINE void forward_rope(const Rope<T>& out, const TensorMap& x, const TensorMap
     forward<T>(out, x, w, rows, depth);
 }
 
-template <typename T, typename Out>
-INLINE void backward_input(const Out& out, const TensorMap& dy, const TensorMap& w, u32 rows, u32 depth) {
+template <typename T>
+INLINE void backward_input(const TensorMap& dx, const TensorMap& dy, const TensorMap& w, u32 rows, u32 columns, u32 depth) {
+    product_in_boxes<T, true, false>(dx, dy, w, rows, columns, depth, Rounded{});
+}
+
+template <typename T>
+INLINE void backward_gated_input(const GateGradient& out, const TensorMap& dy, const TensorMap& w, u32 rows, u32 depth) {
     product<T, true, false>(dy, w, rows, out.columns, depth, depth, [&](const Sums<T>& acc, const Place& at) {
         finish<T>(acc, at, rows, out.columns, out);
     });
@@ -191,39 +196,39 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
-    linear_dx_wgmma_128x256_bf16(bf16* dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
+    linear_dx_wgmma_128x256_bf16(const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         u32 rows, u32 depth, u32 columns) {
-    backward_input<Together>(Store{dx, columns}, dy, w, rows, depth);
+    backward_input<Together>(dx, dy, w, rows, columns, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
-    linear_dx_wgmma_128x192_bf16(bf16* dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
+    linear_dx_wgmma_128x192_bf16(const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         u32 rows, u32 depth, u32 columns) {
-    backward_input<Apart>(Store{dx, columns}, dy, w, rows, depth);
+    backward_input<Apart>(dx, dy, w, rows, columns, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
-    linear_dx_wgmma_64x128_bf16(bf16* dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
+    linear_dx_wgmma_64x128_bf16(const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         u32 rows, u32 depth, u32 columns) {
-    backward_input<Few>(Store{dx, columns}, dy, w, rows, depth);
+    backward_input<Few>(dx, dy, w, rows, columns, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
     linear_dx_swiglu_wgmma_128x256_bf16(bf16* dpre, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         const bf16* pre, u32 rows, u32 depth, u32 columns) {
-    backward_input<Together>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
+    backward_gated_input<Together>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
     linear_dx_swiglu_wgmma_128x192_bf16(bf16* dpre, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         const bf16* pre, u32 rows, u32 depth, u32 columns) {
-    backward_input<Apart>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
+    backward_gated_input<Apart>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)
     linear_dx_swiglu_wgmma_64x128_bf16(bf16* dpre, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,
         const bf16* pre, u32 rows, u32 depth, u32 columns) {
-    backward_input<Few>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
+    backward_gated_input<Few>(GateGradient{dpre, pre, columns}, dy, w, rows, depth);
 }
 
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(384, 1)

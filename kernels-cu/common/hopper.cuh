@@ -103,6 +103,21 @@ INLINE void store_bytes(void* to, u32 from, u32 bytes) {
                  : "memory");
 }
 
+// Begins to copy a box from shared memory to (column, row) of a map; what it has beyond the matrix is left out.
+// 9.7.9.27.1.2 cp.async.bulk.tensor
+INLINE void store_box(const TensorMap& map, u32 from, u32 column, u32 row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(from),
+                 "r"(column), "r"(row)
+                 : "memory");
+}
+
+// Four 8x8 matrices of bf16 to shared memory: what `load_matrices` does, the other way.   9.7.14.5.16 stmatrix
+INLINE void store_matrices(u32 row, const u32 (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
+                 "r"(m[2]), "r"(m[3])
+                 : "memory");
+}
+
 // Four floats to shared memory as they are: sums of products must not be moved before they are awaited.
 // 9.7.9.11 st.shared
 INLINE void store_shared(u32 to, const float (&v)[4]) {
@@ -122,8 +137,12 @@ INLINE void add_floats(float* to, u32 from, u32 bytes) {
 // 9.7.9.27.2.1 cp.async.bulk.commit_group
 INLINE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until this thread's copies have read shared memory, or are done.   9.7.9.27.2.2 cp.async.bulk.wait_group
-INLINE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until this thread's copies have read shared memory, but for the latest `LEFT` groups, or are done.
+// 9.7.9.27.2.2 cp.async.bulk.wait_group
+template <int LEFT = 0>
+INLINE void wait_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
 INLINE void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Sees what other blocks did before they added to a word.   9.7.9.8 ld.acquire, 9.7.13.6 red.release

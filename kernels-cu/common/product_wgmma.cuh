@@ -13,6 +13,7 @@
 #pragma once
 #include "product.cuh"
 #include "ring.cuh"
+#include "tile.cuh"
 
 // Blocks that share a right factor.
 constexpr u32 CLUSTER = 2;
@@ -36,16 +37,22 @@ struct Turns {
     }
 };
 
+// 16 rows and 64 columns of bf16 on their way out, under the swizzle of 128 bytes.
+constexpr u32 BOX_BYTES = 16 * 128;
+
 // A block's tile and the ring of stages that feeds it; behind that, the room of warps that finish rows, and barriers.
-template <int TEAMS_, int ROWS_, int COLUMNS_, int STAGES_>
+template <int TEAMS_, int ROWS_, int COLUMNS_, int STAGES_, int BOXES_>
 struct Tile {
     static constexpr int TEAMS = TEAMS_, ROWS = ROWS_, COLUMNS = COLUMNS_, DEPTH = 64, STAGES = STAGES_;
     // Rows of a warpgroup, in blocks of 64.
     static constexpr int EACH = ROWS * TEAMS / 2, BLOCKS = EACH / 64;
     static constexpr u32 A_BYTES = ROWS * DEPTH * 2, B_BYTES = COLUMNS * DEPTH * 2, STAGE_BYTES = A_BYTES + B_BYTES;
     // Columns that a warp finishes at once.
-    static constexpr int WIDE = 32;
-    static constexpr u32 FINISH = STAGES * STAGE_BYTES, BARRIERS = FINISH + 8 * FINISH_BYTES<WIDE>, TURNS = BARRIERS + STAGES * 16;
+    static constexpr int WIDE = 32, SLICES = COLUMNS / WIDE;
+    // Its room: so many boxes, or finished rows; whole periods of the swizzle.
+    static constexpr int BOXES = BOXES_;
+    static constexpr u32 ROOM = (BOXES == 1 ? FINISH_BYTES<WIDE> + 1023 : BOXES * BOX_BYTES) / 1024 * 1024;
+    static constexpr u32 FINISH = STAGES * STAGE_BYTES, BARRIERS = FINISH + 8 * ROOM, TURNS = BARRIERS + STAGES * 16;
     // Room for what an end of the product needs, 1 KiB.
     static constexpr u32 BEHIND = TURNS + 16;
     using Ring = Stage<STAGES, STAGE_BYTES, CLUSTER * 8 / TEAMS>;
@@ -53,9 +60,9 @@ struct Tile {
 };
 
 // Together: for great depths. Apart: for small ones. Few: for few rows.
-using Together = Tile<1, 128, 256, 4>;
-using Apart = Tile<2, 128, 192, 5>;
-using Few = Tile<2, 64, 128, 8>;
+using Together = Tile<1, 128, 256, 4, 2>;
+using Apart = Tile<2, 128, 192, 5, 1>;
+using Few = Tile<2, 64, 128, 8, 2>;
 
 // A block of 64 vectors at a depth of 64, under the swizzle of 128 bytes.
 constexpr u32 BLOCK_BYTES = 64 * 128;
@@ -122,7 +129,7 @@ INLINE void produce(const TensorMap& a, const TensorMap& b, const Items<T>& item
 
 // The sums of a warpgroup: of every block of 64 rows, in slices of 32 columns.
 template <typename T>
-using Sums = float[T::BLOCKS][T::COLUMNS / 32][4][4];
+using Sums = float[T::BLOCKS][T::SLICES][4][4];
 
 // The products of one stage. 16 of depth are 32 bytes along rows, or 16 rows.
 template <typename T, bool A_ALONG, bool B_ALONG>
@@ -178,7 +185,7 @@ struct Place {
 // slice.
 template <typename T, typename Out>
 INLINE void finish(const Sums<T>& acc, const Place& at, u32 rows, u32 columns, const Out& out) {
-    constexpr int SLICES = T::COLUMNS / T::WIDE;
+    constexpr int SLICES = T::SLICES;
 #pragma unroll 1
     for (int n = 0; n < T::BLOCKS * SLICES; n++) {
 #pragma unroll
@@ -189,11 +196,58 @@ INLINE void finish(const Sums<T>& acc, const Place& at, u32 rows, u32 columns, c
     }
 }
 
+// What becomes of two neighbouring columns of a row where they are only rounded.
+struct Rounded {
+    struct Row {};
+
+    INLINE Row row(u32) const { return {}; }
+    INLINE u32 operator()(Row, u32, float a, float b) const { return pack(a, b); }
+};
+
+// Leaves 32 columns of a warp's rows in a half of a box, as pairs that `out(row, column, a, b)` makes; `upper` and `lower`
+// are what it knows of the two rows that a lane has sums of.
+template <typename Out>
+INLINE void fill_box(const float (&z)[4][4], u32 box, u32 half, u32 column, const typename Out::Row& upper,
+                     const typename Out::Row& lower, const Out& out) {
+    column += threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2, column += 16) {
+        const u32 pairs[4] = {out(upper, column, z[j][0], z[j][1]), out(lower, column, z[j][2], z[j][3]),
+                              out(upper, column + 8, z[j + 1][0], z[j + 1][1]),
+                              out(lower, column + 8, z[j + 1][2], z[j + 1][3])};
+        store_matrices(box + block_at<128>(down_right<128>(), 0, half * 2 + j / 2), pairs);
+    }
+}
+
+// Hands what a warp has summed to the copy engine, which leaves out what is beyond the matrix. A box is filled again when it
+// has been read. For ends that are short, since all columns are written out, and read nothing beside what belongs to rows.
+template <typename T, typename Out>
+INLINE void finish_in_boxes(const Sums<T>& acc, const Place& at, const TensorMap& to, const Out& out) {
+    static_assert(T::SLICES % 2 == 0 && T::BLOCKS * T::SLICES / 2 % T::BOXES == 0, "whole boxes, the first one first");
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < T::BLOCKS; i++) {
+        const u32 row = at.row + i * 64;
+        const auto upper = out.row(row + lane / 4), lower = out.row(row + lane / 4 + 8);
+#pragma unroll
+        for (int n = 0; n < T::SLICES; n += 2) {
+            const u32 box = at.room + (i * T::SLICES + n) / 2 % T::BOXES * BOX_BYTES, column = at.column + n * T::WIDE;
+            if (lane == 0) wait_stores_read<T::BOXES - 1>();
+            __syncwarp();
+            fill_box(acc[i][n], box, 0, column, upper, lower, out);
+            fill_box(acc[i][n + 1], box, 1, column + T::WIDE, upper, lower, out);
+            fence_writes();
+            __syncwarp();
+            if (lane == 0) store_box(to, box, column, row), commit_stores();
+        }
+    }
+}
+
 // `take(acc, place)` takes the sums of an item.
 template <typename T, bool A_ALONG, bool B_ALONG, typename Take>
 INLINE void consume(const Items<T>& items, typename T::Ring stage, u32 shared, const Take& take) {
     const u32 warp = threadIdx.x / 32 - 4, group = warp / 4, below = T::TEAMS == 1 ? group * T::EACH : 0;
-    const u32 room = shared + T::FINISH + warp * FINISH_BYTES<T::WIDE>;
+    const u32 room = shared + T::FINISH + warp * T::ROOM;
     typename T::Turn turn(shared + T::TURNS, group);
     u32 item = 0;
     items.visit([&](Corner corner, u32 part, u32, u32 steps) {
@@ -231,4 +285,16 @@ INLINE void product(const TensorMap& a, const TensorMap& b, u32 rows, u32 column
     }
     // The other block writes to this one's shared memory and barriers until it has finished, too.
     meet_cluster();
+}
+
+// A product whose result leaves by the copy engine.
+template <typename T, bool A_ALONG, bool B_ALONG, typename Out>
+INLINE void product_in_boxes(const TensorMap& to, const TensorMap& a, const TensorMap& b, u32 rows, u32 columns, u32 depth,
+                             const Out& out) {
+    if (threadIdx.x == 0) prefetch_map(to);
+    product<T, A_ALONG, B_ALONG>(a, b, rows, columns, depth, depth, [&](const Sums<T>& acc, const Place& at) {
+        finish_in_boxes<T>(acc, at, to, out);
+    });
+    // A block's shared memory is read until then.
+    wait_stores_read();
 }

@@ -150,7 +150,7 @@ impl Problem {
         let (n, v, m, c) = (n?, v?, m?, c?);
         let sizes = [n, v, m, c].map(Arg::U32);
         let rest = [targets.clone(), lse, count, dloss].into_iter().chain(sizes).collect();
-        let dz = vec![logits.clone()];
+        let dz = vec![ending.result(logits, m)];
         let factors = [&h, &Arg::input(1)];
         kernels.launches.push(ending.launch("cross_entropy_bwd", dz, factors, rest, on));
         let args = [dh, h, targets].into_iter().chain([n, v, c].map(Arg::U32)).collect();

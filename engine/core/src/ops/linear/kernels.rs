@@ -62,7 +62,7 @@ const HOPPER: [Tile; 3] = {
         rows: 128,
         columns: 256,
         threads: 384,
-        shared: 218_192,
+        shared: 230_480,
         stage: BOX,
         splits: true,
         cluster: 2,
@@ -70,10 +70,36 @@ const HOPPER: [Tile; 3] = {
         idle: [192, 64],
     };
     let apart =
-        Tile { name: "wgmma_128x192", columns: 192, shared: 226_400, rate: 1.57, idle: [0, 256], ..together };
-    let few = Tile { name: "wgmma_64x128", rows: 64, columns: 128, shared: 218_256, rate: 1.0, ..apart };
+        Tile { name: "wgmma_128x192", columns: 192, shared: 230_496, rate: 1.57, idle: [0, 256], ..together };
+    let few = Tile { name: "wgmma_64x128", rows: 64, columns: 128, shared: 230_544, rate: 1.0, ..apart };
     [together, apart, few]
 };
+impl Tile {
+    /// A matrix of bf16, as this tile's kernels take it: on Hopper in boxes of so many rows.
+    fn matrix(&self, of: &Arg, rows: u32, columns: u32, height: u32) -> Arg {
+        let &Arg::Address(operand, offset) = of else { return of.clone() };
+        if self.cluster == 1 {
+            return of.clone();
+        }
+        let geometry = Geometry {
+            offset,
+            element: 2,
+            extents: vec![columns.into(), rows.into()],
+            strides: vec![u64::from(columns) * 2],
+            tile: vec![BOX, height],
+            swizzle: 128,
+        };
+        Arg::Map(operand, geometry)
+    }
+
+    /// A result, as kernels that let the copy engine store it take it.
+    fn result(&self, of: &Arg, rows: u32, columns: u32) -> Arg {
+        self.matrix(of, rows, columns, FINISHED)
+    }
+}
+
+/// Rows that a warp of Hopper stores at once.
+const FINISHED: u32 = 16;
 /// Elements of a row that a tensor map copies at once: as many as its swizzle spans, 128 bytes.
 const BOX: u32 = 64;
 /// Most parts that the depth is split into, and the least depth of a part.
@@ -173,21 +199,10 @@ impl Product {
 
     /// `height`: rows of a box, along the depth and across it.
     fn factor(&self, of: &Arg, vectors: u32, along: bool, tile: &Tile, height: [u32; 2]) -> Arg {
-        let &Arg::Address(operand, offset) = of else { return of.clone() };
-        if tile.cluster == 1 {
-            return of.clone();
+        match along {
+            true => tile.matrix(of, vectors, self.depth, height[0]),
+            false => tile.matrix(of, self.depth, vectors, height[1]),
         }
-        let (row, rows, height) =
-            if along { (self.depth, vectors, height[0]) } else { (vectors, self.depth, height[1]) };
-        let geometry = Geometry {
-            offset,
-            element: 2,
-            extents: vec![row.into(), rows.into()],
-            strides: vec![u64::from(row) * 2],
-            tile: vec![BOX, height],
-            swizzle: 128,
-        };
-        Arg::Map(operand, geometry)
     }
 
     /// What makes all tiles of so many parts.
@@ -353,6 +368,11 @@ impl Ending {
         self.product.columns.div_ceil(self.tile.columns)
     }
 
+    /// A result with rows of so many columns, for kernels that let the copy engine store it.
+    pub(in crate::ops) fn result(&self, of: &Arg, columns: u32) -> Arg {
+        self.tile.result(of, self.product.rows, columns)
+    }
+
     /// Runs `pass`'s kernel of this tile, whose arguments are outputs, both factors, and `rest`.
     pub(in crate::ops) fn launch(
         &self,
@@ -393,6 +413,8 @@ fn input_or_gate_gradient(
     let variant = if pre.is_some() { "swiglu_" } else { "" };
     let sizes = [product.rows, product.depth, product.columns].map(Arg::U32);
     let factors = [product.left(&dy, true, tile), product.right(&w, false, tile)];
+    // What reads gates beside is stored in vectors.
+    let to = if pre.is_some() { to } else { tile.result(&to, product.rows, product.columns) };
     let args = [to].into_iter().chain(factors).chain(pre).chain(sizes).collect();
     let launch = product.launch(format!("linear_dx_{variant}{}_bf16", tile.name), tile, 1, args, on);
     Ok(product.launches(vec![launch]))
@@ -544,10 +566,11 @@ mod tests {
     }
 
     #[test]
-    fn operands_across_the_depth_are_copied_row_by_row() {
+    fn operands_and_results_are_copied_box_by_box() {
         let (n, k, m) = (4096, 2048, 8192);
         let e = || Extents { n, k, m };
-        let [dx, dy, w] = [Arg::output(0), Arg::Address(Operand::In(0), 32), Arg::input(1)];
+        let dx = Arg::Address(Operand::Out(0), 64);
+        let [dy, w] = [Arg::Address(Operand::In(0), 32), Arg::input(1)];
         let launches = input_gradient(dx, dy, w, e(), &Target::H200).unwrap();
         let Launch::Kernel { args, .. } = &launches[0] else { panic!("{launches:?}") };
         let boxes: Vec<_> = args
@@ -557,7 +580,9 @@ mod tests {
                 _ => None,
             })
             .collect();
-        assert_eq!(boxes, [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 32])]);
+        let factors = [(32, vec![8192, 4096], vec![64, 128]), (0, vec![2048, 8192], vec![64, 32])];
+        assert_eq!(boxes[1..], factors);
+        assert_eq!(boxes[0], (64, vec![2048, 4096], vec![64, 16]));
     }
 
     #[test]
