@@ -1,39 +1,62 @@
-// One step of AdamW over one tensor, in place, and its gradient set to zero.      Loshchilov & Hutter 2019
+// One step of AdamW over up to 32 tensors, in place, and their gradients set to zero.      Loshchilov & Hutter 2019
 //   d = scale g,  m = b1 m + (1 - b1) d,  v = b2 v + (1 - b2) d^2
 //   w = (1 - lr decay) w - lr / c1 m / (sqrt(v / c2) + eps)
 // schedule holds lr, c1 and c2, in which b1^t and b2^t are. A scale of zero means a gradient that is not finite:
-// then only the gradient is written.
+// then only the gradients are written. The grid shares all tensors out as if they lay behind one another; the T of them are
+// the first rows of states:  param m v grad master N.
 //
-// entry                   grid               block  shared  arguments                                                           bytes  flops
-// adamw_step_bf16         min(N/1024,4*sms)  256    0       param m v grad | schedule scale | N | beta1 beta2 eps decay         28N    14N
-// adamw_step_f32          min(N/1024,4*sms)  256    0       param m v grad | schedule scale | N | beta1 beta2 eps decay         32N    14N
-// adamw_step_master_bf16  min(N/1024,4*sms)  256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  34N    14N
-// adamw_step_master_f32   min(N/1024,4*sms)  256    0       param m v grad master | schedule scale | N | beta1 beta2 eps decay  36N    14N
-// adamw_step_master_moments_bf16       min(N/1024,4*sms)  256  0  param m v grad master | schedule scale | N | beta1 beta2 eps decay  26N  14N
-// adamw_step_master_grad_bf16          min(N/1024,4*sms)  256  0  param m v grad master | schedule scale | N | beta1 beta2 eps decay  30N  14N
-// adamw_step_master_moments_grad_bf16  min(N/1024,4*sms)  256  0  param m v grad master | schedule scale | N | beta1 beta2 eps decay  22N  14N
+// entry                                grid               block  shared  arguments                                                bytes  flops
+// adamw_step_bf16                      min(N/1024,4*sms)  256    0       states:32x6 | schedule scale | T | beta1 beta2 eps decay  28N    14N
+// adamw_step_f32                       min(N/1024,4*sms)  256    0       states:32x6 | schedule scale | T | beta1 beta2 eps decay  32N    14N
+// adamw_step_master_bf16               min(N/1024,4*sms)  256    0       states:32x6 | schedule scale | T | beta1 beta2 eps decay  34N    14N
+// adamw_step_master_f32                min(N/1024,4*sms)  256    0       states:32x6 | schedule scale | T | beta1 beta2 eps decay  36N    14N
+// adamw_step_master_moments_bf16       min(N/1024,4*sms)  256    0       states:32x6 | schedule scale | T | beta1 beta2 eps decay  26N    14N
+// adamw_step_master_grad_bf16          min(N/1024,4*sms)  256    0       states:32x6 | schedule scale | T | beta1 beta2 eps decay  30N    14N
+// adamw_step_master_moments_grad_bf16  min(N/1024,4*sms)  256    0       states:32x6 | schedule scale | T | beta1 beta2 eps decay  22N    14N
 //
-// Moments and gradients are stored in f32; in bf16 where a name says moments, grad.
-// Needs   tensors 16-byte aligned; any N. With a master copy param is only written.
+// N counts all elements. Moments and gradients are stored in f32; in bf16 where a name says moments, grad.
+// Needs   tensors 16-byte aligned; any N of each below 2^31. With a master copy param is only written.
 // Rounds  moments and weight once, on store; f32 between.
-#include "common/lots.cuh"
+#include "common/tensors.cuh"
 
 constexpr int THREADS = 256;
 
+template <typename P, typename M, typename G>
+struct State {
+    P* param;
+    M* first;
+    M* second;
+    G* grad;
+    float* master;
+    u64 count;
+};
+
+template <typename P, typename M = float, typename G = float>
+struct States {
+    State<P, M, G> rows[32];
+};
+
+// What is the same for all tensors.
+struct Numbers {
+    float factor, rate, keep, root, beta1, beta2, eps;
+
+    INLINE Numbers(const float* schedule, const float* scale, float beta1, float beta2, float eps, float decay)
+        : factor(*scale), rate(schedule[0] / schedule[1]), keep(1.0f - schedule[0] * decay),
+          root(1.0f / sqrtf(schedule[2])), beta1(beta1), beta2(beta2), eps(eps) {}
+};
+
+template <typename G>
+INLINE void clear(G* grad, u32& next, u32 count) {
+    for_lots_of_next<4>(next, count, [&](auto lot, u32 at) {
+        const float zeros[lot.SIZE] = {};
+        store(grad + at, zeros);
+    });
+}
+
 // `weight` is what the step moves; `copy` receives its result where that is another tensor.
 template <typename W, typename P, typename M, typename G>
-INLINE void step(W* weight, P* copy, M* first, M* second, G* grad, const float* schedule, const float* scale, u32 count,
-                 float beta1, float beta2, float eps, float decay) {
-    const float factor = *scale;
-    if (factor == 0.0f) {
-        for_lots<4>(count, [&](auto lot, u32 at) {
-            const float zeros[lot.SIZE] = {};
-            store(grad + at, zeros);
-        });
-        return;
-    }
-    const float rate = schedule[0] / schedule[1], keep = 1.0f - schedule[0] * decay, root = 1.0f / sqrtf(schedule[2]);
-    for_lots<4>(count, [&](auto lot, u32 at) {
+INLINE void step(W* weight, P* copy, M* first, M* second, G* grad, u32& next, u32 count, const Numbers& n) {
+    for_lots_of_next<4>(next, count, [&](auto lot, u32 at) {
         float w[lot.SIZE], m[lot.SIZE], v[lot.SIZE], g[lot.SIZE];
         load(w, weight + at);
         load(m, first + at);
@@ -41,10 +64,10 @@ INLINE void step(W* weight, P* copy, M* first, M* second, G* grad, const float* 
         load(g, grad + at);
 #pragma unroll
         for (int e = 0; e < lot.SIZE; e++) {
-            const float d = g[e] * factor;
-            m[e] = beta1 * m[e] + (1.0f - beta1) * d;
-            v[e] = beta2 * v[e] + (1.0f - beta2) * d * d;
-            w[e] = keep * w[e] - rate * m[e] / (sqrtf(v[e]) * root + eps);
+            const float d = g[e] * n.factor;
+            m[e] = n.beta1 * m[e] + (1.0f - n.beta1) * d;
+            v[e] = n.beta2 * v[e] + (1.0f - n.beta2) * d * d;
+            w[e] = n.keep * w[e] - n.rate * m[e] / (sqrtf(v[e]) * n.root + n.eps);
             g[e] = 0.0f;
         }
         store(weight + at, w);
@@ -55,44 +78,62 @@ INLINE void step(W* weight, P* copy, M* first, M* second, G* grad, const float* 
     });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    adamw_step_bf16(bf16* param, float* m, float* v, float* grad, const float* schedule, const float* scale, u32 count,
-        float beta1, float beta2, float eps, float decay) {
-    step(param, static_cast<bf16*>(nullptr), m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+// Of the first `tensors` rows; with master copies it is those that the step moves.
+template <bool MASTER, typename P, typename M, typename G>
+INLINE void update(const States<P, M, G>& states, u32 tensors, const Numbers& numbers) {
+    u32 next = blockIdx.x * THREADS + threadIdx.x;
+#pragma unroll 1
+    for (u32 t = 0; t < tensors; t++) {
+        const State<P, M, G>& s = states.rows[t];
+        const u32 count = u32(s.count);
+        if (numbers.factor == 0.0f) {
+            clear(s.grad, next, count);
+        } else if constexpr (MASTER) {
+            step(s.master, s.param, s.first, s.second, s.grad, next, count, numbers);
+        } else {
+            step(s.param, static_cast<P*>(nullptr), s.first, s.second, s.grad, next, count, numbers);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    adamw_step_f32(float* param, float* m, float* v, float* grad, const float* schedule, const float* scale, u32 count,
-        float beta1, float beta2, float eps, float decay) {
-    step(param, static_cast<float*>(nullptr), m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+    adamw_step_bf16(const __grid_constant__ States<bf16> states, const float* schedule, const float* scale,
+        u32 tensors, float beta1, float beta2, float eps, float decay) {
+    update<false>(states, tensors, Numbers(schedule, scale, beta1, beta2, eps, decay));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    adamw_step_master_bf16(bf16* param, float* m, float* v, float* grad, float* master, const float* schedule,
-        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
-    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+    adamw_step_f32(const __grid_constant__ States<float> states, const float* schedule, const float* scale,
+        u32 tensors, float beta1, float beta2, float eps, float decay) {
+    update<false>(states, tensors, Numbers(schedule, scale, beta1, beta2, eps, decay));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    adamw_step_master_f32(float* param, float* m, float* v, float* grad, float* master, const float* schedule,
-        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
-    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+    adamw_step_master_bf16(const __grid_constant__ States<bf16> states, const float* schedule, const float* scale,
+        u32 tensors, float beta1, float beta2, float eps, float decay) {
+    update<true>(states, tensors, Numbers(schedule, scale, beta1, beta2, eps, decay));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    adamw_step_master_moments_bf16(bf16* param, bf16* m, bf16* v, float* grad, float* master, const float* schedule,
-        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
-    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+    adamw_step_master_f32(const __grid_constant__ States<float> states, const float* schedule, const float* scale,
+        u32 tensors, float beta1, float beta2, float eps, float decay) {
+    update<true>(states, tensors, Numbers(schedule, scale, beta1, beta2, eps, decay));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    adamw_step_master_grad_bf16(bf16* param, float* m, float* v, bf16* grad, float* master, const float* schedule,
-        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
-    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+    adamw_step_master_moments_bf16(const __grid_constant__ States<bf16, bf16> states, const float* schedule, const float* scale,
+        u32 tensors, float beta1, float beta2, float eps, float decay) {
+    update<true>(states, tensors, Numbers(schedule, scale, beta1, beta2, eps, decay));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    adamw_step_master_moments_grad_bf16(bf16* param, bf16* m, bf16* v, bf16* grad, float* master, const float* schedule,
-        const float* scale, u32 count, float beta1, float beta2, float eps, float decay) {
-    step(master, param, m, v, grad, schedule, scale, count, beta1, beta2, eps, decay);
+    adamw_step_master_grad_bf16(const __grid_constant__ States<bf16, float, bf16> states, const float* schedule, const float* scale,
+        u32 tensors, float beta1, float beta2, float eps, float decay) {
+    update<true>(states, tensors, Numbers(schedule, scale, beta1, beta2, eps, decay));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    adamw_step_master_moments_grad_bf16(const __grid_constant__ States<bf16, bf16, bf16> states, const float* schedule, const float* scale,
+        u32 tensors, float beta1, float beta2, float eps, float decay) {
+    update<true>(states, tensors, Numbers(schedule, scale, beta1, beta2, eps, decay));
 }

@@ -208,7 +208,7 @@ impl Alone {
         for (i, host) in a.ins.iter().enumerate() {
             for copy in 0..copies {
                 device.write(Place::Input(id, &name(i, copy)), host.view())?;
-                if replaces(a.op.as_ref(), i) {
+                if replaces(a, i) {
                     replaced.push((name(i, copy), host.clone()));
                 }
             }
@@ -250,13 +250,11 @@ impl Alone {
     }
 }
 
-/// Whether an op replaces an operand.
-fn replaces(op: &dyn Op, input: usize) -> bool {
-    (0..OUTPUTS).any(|o| op.memory(o) == Memory::InPlace { input })
+/// Whether an application replaces an operand.
+fn replaces(a: &Application, input: usize) -> bool {
+    let outs = a.op.infer(&a.specs).map_or(0, |outs| outs.len());
+    (0..outs).any(|o| a.op.memory(o) == Memory::InPlace { input })
 }
-
-/// Most outputs of an op.
-const OUTPUTS: usize = 8;
 
 /// Bytes that leave nothing of before in a second-level cache, when they are read and written.
 fn flush(l2: u64) -> usize {

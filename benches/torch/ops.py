@@ -251,32 +251,43 @@ def cross_entropy_bwd(s, t):
 
 @peer("fused")
 def adamw(s, t):
-    master = s.master == "true"
-    schedule, scale = t[-2:]
+    each = int(s.states)
+    master = each == 5
+    *states, schedule, scale = t
+    own = [states[at : at + each] for at in range(0, len(states), each)]
     lr, first = float(schedule[0]), float(schedule[1])
     beta1, beta2 = float(s.beta1), float(s.beta2)
     done = round(torch.tensor(1 - first).log().item() / torch.tensor(beta1).log().item()) - 1
-    start = (t[4] if master else t[0]).float()
-    p = start.clone().requires_grad_()
-    p.grad = t[3].float() * scale
-    optimiser = torch.optim.AdamW([p], lr=lr, betas=(beta1, beta2), eps=float(s.eps), weight_decay=float(s.weight_decay), fused=True)
-    step = torch.tensor(float(done), device=p.device)
-    optimiser.state[p] = {"step": step, "exp_avg": t[1].float().clone(), "exp_avg_sq": t[2].float().clone()}
-    m, v = (optimiser.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
+    starts = [(x[4] if master else x[0]).float() for x in own]
+    params = [start.clone().requires_grad_() for start in starts]
+    for p, x in zip(params, own):
+        p.grad = x[3].float() * scale
+    optimiser = torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=float(s.eps), weight_decay=float(s.weight_decay), fused=True)
+    for p, x in zip(params, own):
+        step = torch.tensor(float(done), device=p.device)
+        optimiser.state[p] = {"step": step, "exp_avg": x[1].float().clone(), "exp_avg_sq": x[2].float().clone()}
 
     def again():
         with torch.no_grad():
-            p.copy_(start), m.copy_(t[1]), v.copy_(t[2]), step.fill_(done)
+            for p, start, x in zip(params, starts, own):
+                state = optimiser.state[p]
+                p.copy_(start), state["exp_avg"].copy_(x[1]), state["exp_avg_sq"].copy_(x[2]), state["step"].fill_(done)
 
-    outs = lambda _: {4 if master else 0: p.detach(), 1: m, 2: v}
+    def outs(_):
+        moved = 4 if master else 0
+        of = lambda p: {moved: p.detach(), 1: optimiser.state[p]["exp_avg"], 2: optimiser.state[p]["exp_avg_sq"]}
+        return {each * i + k: x for i, p in enumerate(params) for k, x in of(p).items()}
+
     return Task(optimiser.step, outs, compiles=False, again=again)
 
 
 @peer("eager")
 def ema(s, t):
-    mean, share = t[0].clone(), 1 - float(t[2])
-    again = lambda: mean.copy_(t[0])
-    return Task(lambda: mean.lerp_(t[1].float(), share), lambda m: {0: m}, compiles=False, again=again)
+    *pairs, decay, scale = t
+    means, news, share = [m.clone() for m in pairs[0::2]], pairs[1::2], 1 - float(decay)
+    again = lambda: torch._foreach_copy_(means, pairs[0::2])
+    run = lambda: torch._foreach_lerp_(means, [x.float() for x in news], share)
+    return Task(run, lambda _: dict(enumerate(means)), compiles=False, again=again)
 
 
 @peer("eager")

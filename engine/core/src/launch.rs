@@ -137,6 +137,8 @@ pub enum Arg {
     F32(f32),
     /// A tensor map over an operand.
     Map(Operand, Geometry),
+    /// A table by value: addresses and 64-bit sizes, one behind the other. The rest of it is zero.
+    Table(Vec<Arg>),
 }
 
 impl Arg {

@@ -283,24 +283,29 @@ pub fn update_graph(c: &ModelConfig, options: UpdateOptions) -> Graph {
     let [norm, scale] = g.clip(sum, options.max_norm);
     g.output("grad_norm", norm);
     let decay = options.ema.then(|| g.input("ema_decay", [1], DType::F32));
-    for w in &all {
-        let mut optim =
-            |what: &str, dtype| g.state(Kind::Optim, &format!("{}.{what}", w.name), w.shape(), dtype);
-        let [m, v] = ["m", "v"].map(|what| optim(what, options.moments.dtype()));
-        let master = (dtype == DType::Bf16).then(|| optim("master", DType::F32));
-        let param = g.state(Kind::Param, &w.name, w.shape(), dtype);
-        let grad = g.state(Kind::Grad, &w.name, w.shape(), gradients);
-        let hyper = AdamW {
-            weight_decay: if w.decays() { options.adamw.weight_decay } else { 0.0 },
-            ..options.adamw
-        };
-        let new = g.adamw(hyper, AdamWStates { param, master, m, v, grad }, schedule, scale);
+    for decays in [true, false] {
+        let group: Vec<&Weight> = all.iter().filter(|w| w.decays() == decays).collect();
+        let states: Vec<AdamWStates> = group.iter().map(|w| states(&mut g, w, dtype, options)).collect();
+        let weight_decay = if decays { options.adamw.weight_decay } else { 0.0 };
+        let new = g.adamw(AdamW { weight_decay, ..options.adamw }, &states, schedule, scale);
         if let Some(decay) = decay {
-            let mean = g.state(Kind::Ema, &w.name, w.shape(), DType::F32);
-            g.ema_into(mean, new, decay, scale);
+            let mean = |w: &Weight| g.state(Kind::Ema, &w.name, w.shape(), DType::F32);
+            let means: Vec<Tensor> = group.into_iter().map(mean).collect();
+            let pairs: Vec<[Tensor; 2]> = means.into_iter().zip(new).map(|(mean, x)| [mean, x]).collect();
+            g.ema_into(&pairs, decay, scale);
         }
     }
     g
+}
+
+/// What the optimiser updates of a weight that is stored as `dtype`.
+fn states(g: &mut Graph, w: &Weight, dtype: DType, options: UpdateOptions) -> AdamWStates {
+    let mut optim = |what: &str, dtype| g.state(Kind::Optim, &format!("{}.{what}", w.name), w.shape(), dtype);
+    let [m, v] = ["m", "v"].map(|what| optim(what, options.moments.dtype()));
+    let master = (dtype == DType::Bf16).then(|| optim("master", DType::F32));
+    let param = g.state(Kind::Param, &w.name, w.shape(), dtype);
+    let grad = g.state(Kind::Grad, &w.name, w.shape(), options.gradients.dtype());
+    AdamWStates { param, master, m, v, grad }
 }
 
 /// The shape of a program that extends cached sequences.

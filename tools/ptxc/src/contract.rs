@@ -79,6 +79,13 @@ pub enum Pass {
     Address,
     /// A tensor map by value, 128 bytes.
     Map,
+    /// A table of addresses and 64-bit sizes by value.
+    Table {
+        /// How many rows it has room for.
+        rows: u32,
+        /// Words of 8 bytes in each.
+        words: u32,
+    },
     /// `u32`.
     U32,
     /// `u64`.
@@ -94,19 +101,23 @@ impl Pass {
             Pass::U32 => p.kind == ptx::Kind::U32,
             Pass::F32 => p.kind == ptx::Kind::F32,
             Pass::Map => p.kind == ptx::Kind::Bytes && p.size == 128 && p.align >= 64,
+            Pass::Table { rows, words } => {
+                p.kind == ptx::Kind::Bytes && p.size == 8 * rows * words && p.align == 8
+            }
         }
     }
 }
 
 impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Pass::Address => "an address",
-            Pass::Map => "a tensor map",
-            Pass::U32 => "a u32",
-            Pass::U64 => "a u64",
-            Pass::F32 => "an f32",
-        })
+        match self {
+            Pass::Address => f.write_str("an address"),
+            Pass::Map => f.write_str("a tensor map"),
+            Pass::Table { rows, words } => write!(f, "a table of {rows} rows of {words} words"),
+            Pass::U32 => f.write_str("a u32"),
+            Pass::U64 => f.write_str("a u64"),
+            Pass::F32 => f.write_str("an f32"),
+        }
     }
 }
 
@@ -219,7 +230,12 @@ fn signature<'a>(source: &'a str, name: &str) -> Option<Vec<Parameter<'a>>> {
         let name = text.rsplit(|c| !word(c)).next().unwrap_or_default();
         Parameter { name, constant: text.split(|c| !word(c)).any(|w| w == "const") }
     };
-    Some(list.split(',').filter(|p| !p.trim().is_empty()).map(parameter).collect())
+    let mut angles = 0;
+    let ends = |c: char| {
+        angles += i32::from(c == '<') - i32::from(c == '>');
+        c == ',' && angles == 0
+    };
+    Some(list.split(ends).filter(|p| !p.trim().is_empty()).map(parameter).collect())
 }
 
 type Bad = (usize, String);
@@ -338,18 +354,28 @@ fn arguments(text: &str) -> Result<Vec<Argument>, String> {
 
 fn argument(role: Role, word: &str) -> Result<Argument, String> {
     let (name, suffix) = word.split_once(':').map_or((word, None), |(n, s)| (n, Some(s)));
+    let refused =
+        || format!("{word}: an operand may be NAME:map or NAME:ROWSxWORDS and a size NAME:u64, nothing else");
     let pass = match (role, suffix) {
         (Role::Output | Role::Input, None) => Pass::Address,
         (Role::Output | Role::Input, Some("map")) => Pass::Map,
+        (Role::Output | Role::Input, Some(size)) => table(size).ok_or_else(refused)?,
         (Role::Size, None) => Pass::U32,
         (Role::Size, Some("u64")) => Pass::U64,
         (Role::Scalar, None) => Pass::F32,
-        _ => return Err(format!("{word}: an operand may be NAME:map and a size NAME:u64, nothing else")),
+        _ => return Err(refused()),
     };
     match is_name(name) {
         true => Ok(Argument { name: name.into(), role, pass }),
         false => Err(format!("{name} is no name of an argument")),
     }
+}
+
+/// `32x6`: a table of 32 rows of 6 words.
+fn table(size: &str) -> Option<Pass> {
+    let (rows, words) = size.split_once('x')?;
+    let count = |n: &str| n.parse().ok().filter(|n| (1..=512).contains(n));
+    Some(Pass::Table { rows: count(rows)?, words: count(words)? })
 }
 
 fn is_name(text: &str) -> bool {
@@ -425,6 +451,7 @@ mod tests {
             ("// f  N  32  0  y | x | C | e | z  1  1", "4: 5 groups"),
             ("// f  N  32  0  y | x:u32  1  1", "4: x:u32: an operand"),
             ("// f  N  32  0  y | x | C | e:f64  1  1", "4: e:f64: an operand"),
+            ("// f  N  32  0  y | x:0x6 | C | e  1  1", "4: x:0x6: an operand"),
             ("// f  N  32  0  y | y  1  1", "4: argument y stands twice"),
             ("// f  N  32  0  2y  1  1", "4: 2y is no name"),
             ("// f  N  32  0  y  1  1\n// f  N  32  0  y  1  1", "5: f stands twice"),
@@ -452,6 +479,16 @@ mod tests {
     #[test]
     fn a_contract_that_is_kept_passes() {
         assert_eq!(hold(SOURCE, PTX), Ok(()));
+    }
+
+    #[test]
+    fn tables_are_held_by_their_size() {
+        let source =
+            SOURCE.replace("y | x |", "y:3x2 | x |").replace("float* __restrict__ y", "const Table<A, B> y");
+        let ptx = |bytes: &str| PTX.replace(".param .u64 a", &format!(".param .align 8 .b8 a[{bytes}]"));
+        assert_eq!(hold(&source, &ptx("48")), Ok(()));
+        let why = hold(&source, &ptx("40")).unwrap_err();
+        assert_eq!(why, "f.cu:2: f: y is a table of 3 rows of 2 words here and 40 bytes, Bytes, in the PTX");
     }
 
     #[test]

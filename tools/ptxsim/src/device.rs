@@ -24,7 +24,7 @@ use transfusion_core::{
     plan::{Plan, Segment, Slot, Step},
     tensor::{Host, View, ViewMut},
 };
-use transfusion_ptx::{Kind, Module as Text};
+use transfusion_ptx::{Kind, Module as Text, Param};
 
 /// Findings that an error spells out.
 const SPELLED_OUT: usize = 8;
@@ -196,19 +196,24 @@ fn launch(
     let module = modules.get(&(text.arch.to_string(), text.stem.to_string()));
     let module = module.ok_or_else(|| refused("its module is not loaded".into()))?;
     let names: Vec<String> = call.operands.iter().map(|(_, at)| name(at.operand)).collect();
-    let windows: HashMap<usize, (Located, &str)> =
-        call.operands.iter().zip(&names).map(|((i, at), name)| (*i, (*at, name.as_str()))).collect();
     let mut args = Vec::with_capacity(entry.params.len());
     for (i, param) in entry.params.iter().enumerate() {
-        let bytes = &call.params[param.offset as usize..(param.offset + param.size) as usize];
-        args.push(match windows.get(&i) {
+        let range = param.offset as usize..(param.offset + param.size) as usize;
+        let bytes = &call.params[range.clone()];
+        let mut windows = call.operands.iter().zip(&names).filter(|((byte, _), _)| range.contains(byte));
+        args.push(match windows.next() {
             None => Argument::Bytes(bytes),
-            Some((at, name)) if param.kind == Kind::Bytes => {
+            Some(((_, at), name)) if is_map(param) => {
                 let map = usize::try_from(word(bytes)).ok().and_then(|i| maps.get(i));
                 let map = map.ok_or_else(|| refused(format!("argument {i} is no tensor map")))?;
                 Argument::TensorMap(tensor_map(window(at, name, map.offset), map))
             }
-            Some((at, name)) => Argument::Window(window(at, name, word(bytes) - at.address)),
+            Some(first) if param.kind == Kind::Bytes => {
+                let all = std::iter::once(first).chain(windows);
+                let windows = all.map(|((byte, at), name)| pointer(bytes, byte - range.start, at, name));
+                Argument::Table { bytes, windows: windows.collect() }
+            }
+            Some(((_, at), name)) => Argument::Window(pointer(bytes, 0, at, name).1),
         });
     }
     let kernel = module.kernel(&entry.name).map_err(|e| refused(e.to_string()))?;
@@ -222,6 +227,16 @@ fn launch(
         args: &args,
     };
     simulate(memories, &launch, &options.simulation).map_err(|e| refused(e.to_string()))
+}
+
+/// Whether a parameter is a tensor map; a table is aligned to less.
+fn is_map(param: &Param) -> bool {
+    param.kind == Kind::Bytes && param.align >= 64
+}
+
+/// The pointer at byte `byte` of a parameter.
+fn pointer<'a>(bytes: &[u8], byte: usize, at: &Located, name: &'a str) -> (usize, Window<'a>) {
+    (byte, window(at, name, word(&bytes[byte..]) - at.address))
 }
 
 /// The first eight bytes of a parameter.

@@ -118,6 +118,13 @@ pub enum Argument<'a> {
     F32(f32),
     /// A parameter of any size by its bytes.
     Bytes(&'a [u8]),
+    /// The same with pointers in it, each by the byte where it stands.
+    Table {
+        /// All bytes.
+        bytes: &'a [u8],
+        /// What each pointer points to.
+        windows: Vec<(usize, Window<'a>)>,
+    },
     /// A tensor map, for a `__grid_constant__` parameter of 128 bytes.
     TensorMap(TensorMap<'a>),
 }

@@ -301,6 +301,7 @@ impl<'a> Run<'a> {
                 Argument::U64(v) => v.to_le_bytes().into(),
                 Argument::F32(v) => v.to_le_bytes().into(),
                 Argument::Bytes(bytes) => bytes.to_vec(),
+                Argument::Table { bytes, windows } => self.table(memories, bytes, windows)?,
                 Argument::TensorMap(map) => {
                     self.add_map(memories, map, parameter.offset)?;
                     vec![0; 128]
@@ -317,6 +318,25 @@ impl<'a> Run<'a> {
             self.params[parameter.offset as usize..][..bytes.len()].copy_from_slice(&bytes);
         }
         Ok(())
+    }
+
+    /// The bytes of a table whose windows have slots.
+    fn table(
+        &mut self,
+        memories: &mut [Memory],
+        bytes: &[u8],
+        windows: &[(usize, Window<'_>)],
+    ) -> Result<Vec<u8>, LaunchError> {
+        let mut table = bytes.to_vec();
+        for (at, window) in windows {
+            let pointer = self.add_window(memories, window)?.to_le_bytes();
+            let Some(place) = table.get_mut(*at..at + pointer.len()) else {
+                let why = format!("a pointer at byte {at} does not fit a table of {} bytes", bytes.len());
+                return Err(LaunchError::Window { name: window.name.to_string(), why });
+            };
+            place.copy_from_slice(&pointer);
+        }
+        Ok(table)
     }
 
     /// Gives a window its slot; returns the pointer.

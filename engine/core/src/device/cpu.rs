@@ -19,8 +19,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most operands that an op may have.
-const OPERANDS: usize = 16;
+/// Most operands that an op may have: those of AdamW, whose steps are few, and of any other.
+const OPERANDS: [usize; 2] = [168, 16];
 
 /// How a [`CpuDevice`] works.
 #[derive(Clone, Copy, Debug, Default)]
@@ -126,7 +126,10 @@ impl CpuDevice {
             awake(|| {
                 for step in &plan.steps {
                     let start = Instant::now();
-                    run_step(step, bases, staging, cpu, *poison);
+                    match operands(step) > OPERANDS[1] {
+                        true => run_step::<{ OPERANDS[0] }>(step, bases, staging, cpu, *poison),
+                        false => run_step::<{ OPERANDS[1] }>(step, bases, staging, cpu, *poison),
+                    }
                     if let Some(time) = time.as_deref_mut() {
                         time.push(start.elapsed());
                     }
@@ -158,8 +161,8 @@ impl CpuDevice {
 
 impl Device for CpuDevice {
     fn open(&mut self, plan: Arc<Plan>) -> Result<PlanId> {
-        if let Some(s) = plan.steps.iter().find(|s| s.ins.len().max(s.outs.len()) > OPERANDS) {
-            return Err(Error::Device(format!("{} has more than {OPERANDS} operands", s.op.name())));
+        if let Some(s) = plan.steps.iter().find(|s| operands(s) > OPERANDS[0]) {
+            return Err(Error::Device(format!("{} has more than {} operands", s.op.name(), OPERANDS[0])));
         }
         self.ledger.missing(&plan)?;
         // A smaller one goes before the plan takes its memory.
@@ -282,6 +285,11 @@ fn staged_bytes(step: &Step) -> usize {
     ins.chain(&step.outs).map(of).sum()
 }
 
+/// How many operands a step has, of inputs or of outputs.
+fn operands(step: &Step) -> usize {
+    step.ins.len().max(step.outs.len())
+}
+
 /// Whether an output stands in the place of input `i`.
 fn is_replaced(step: &Step, i: usize) -> bool {
     (0..step.outs.len()).any(|o| replaced(step, o) == Some(i))
@@ -321,17 +329,20 @@ impl Bases {
     }
 }
 
-fn run_step(step: &Step, base: &Bases, staging: &mut [f32], cpu: &Cpu, poison: bool) {
+/// Runs a step of up to `N` operands.
+fn run_step<const N: usize>(step: &Step, base: &Bases, staging: &mut [f32], cpu: &Cpu, poison: bool) {
     if step.is_view() {
         return;
     }
     let mut free = staging;
-    let mut ins = [In { shape: [0].into(), data: View::U8(&[]) }; OPERANDS];
-    let mut outs: [Out<'_>; OPERANDS] =
+    let mut ins = [In { shape: [0].into(), data: View::U8(&[]) }; N];
+    let mut outs: [Out<'_>; N] =
         std::array::from_fn(|_| Out { shape: [0].into(), stored: DType::U8, data: ViewMut::U8(&mut []) });
+    let mut replaced_ins = [false; N];
+    (0..step.outs.len()).filter_map(|o| replaced(step, o)).for_each(|i| replaced_ins[i] = true);
     for (i, slot) in step.ins.iter().enumerate() {
         ins[i].shape = slot.spec.shape;
-        ins[i].data = match if is_replaced(step, i) { empty(slot.spec.dtype) } else { borrow(base, slot) } {
+        ins[i].data = match if replaced_ins[i] { empty(slot.spec.dtype) } else { borrow(base, slot) } {
             View::Bf16(v) => View::F32(stage(v, &mut free)),
             view => view,
         };

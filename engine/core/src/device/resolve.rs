@@ -145,11 +145,12 @@ pub struct Call<'a> {
     pub shared: u32,
     /// The parameter buffer, packed as the entry declares it.
     pub params: Vec<u8>,
-    /// The operand behind each parameter that is an address or a tensor map: what the kernel may touch.
+    /// The operand behind each address and tensor map, by the byte of `params` where that begins: what the kernel
+    /// may touch.
     pub operands: Vec<(usize, Located)>,
 }
 
-/// The operand behind each parameter that holds an address.
+/// The operand behind each address, by where in the parameter buffer that is.
 type Operands = Vec<(usize, Located)>;
 
 /// What a step executes: nothing for a view, for a grid without blocks and for operands without bytes.
@@ -298,20 +299,21 @@ impl<'a> Resolver<'a, '_> {
         let mut buffer = vec![0; entry.param_bytes() as usize];
         let mut operands = Vec::new();
         for (i, (arg, param)) in args.iter().zip(&entry.params).enumerate() {
-            let bytes = self.argument(arg, &mut |located| operands.push((i, located)))?;
-            if param.kind != kind(arg) || param.size as usize != bytes.len() || !aligned(arg, param) {
+            let at = param.offset as usize;
+            let bytes = self.argument(arg, &mut |byte, located| operands.push((at + byte, located)))?;
+            if param.kind != kind(arg) || !fills(arg, bytes.len(), param) || !aligned(arg, param) {
                 let declared =
                     format!("{:?} of {} bytes, aligned to {}", param.kind, param.size, param.align);
                 Err(format!("argument {i} is {arg:?}, declared is {declared}"))?;
             }
-            let at = param.offset as usize;
             let place = buffer.get_mut(at..at + bytes.len());
             place.ok_or("its parameters are declared out of order")?.copy_from_slice(&bytes);
         }
         Ok((buffer, operands))
     }
 
-    fn argument(&mut self, arg: &Arg, found: &mut dyn FnMut(Located)) -> Result<Vec<u8>, Refusal> {
+    /// The bytes of an argument; `found` hears of the operands in it, and behind which byte each begins.
+    fn argument(&mut self, arg: &Arg, found: &mut dyn FnMut(usize, Located)) -> Result<Vec<u8>, Refusal> {
         Ok(match arg {
             Arg::U32(x) => x.to_le_bytes().into(),
             Arg::U64(x) => x.to_le_bytes().into(),
@@ -321,15 +323,26 @@ impl<'a> Resolver<'a, '_> {
                 if *offset > located.bytes {
                     Err(format!("{operand:?} has {} bytes, not {offset}", located.bytes))?;
                 }
-                found(located);
+                found(0, located);
                 (located.address + offset).to_le_bytes().into()
             }
             Arg::Map(operand, geometry) => {
                 let located = self.locate(*operand)?;
                 geometry_fits(geometry, &located)
                     .map_err(|why| format!("tensor map of {operand:?}: {why}"))?;
-                found(located);
+                found(0, located);
                 self.places.tensor_map(located.address + geometry.offset, geometry)?.into()
+            }
+            Arg::Table(words) => {
+                let mut table = Vec::new();
+                for word in words {
+                    if !matches!(word, Arg::Address(..) | Arg::U64(_)) {
+                        Err(format!("{word:?} stands in a table, which holds addresses and 64-bit sizes"))?;
+                    }
+                    let at = table.len();
+                    table.extend(self.argument(word, &mut |_, located| found(at, located))?);
+                }
+                table
             }
         })
     }
@@ -341,14 +354,21 @@ fn kind(arg: &Arg) -> Kind {
         Arg::Address(..) | Arg::U64(_) => Kind::U64,
         Arg::U32(_) => Kind::U32,
         Arg::F32(_) => Kind::F32,
-        Arg::Map(..) => Kind::Bytes,
+        Arg::Map(..) | Arg::Table(_) => Kind::Bytes,
     }
+}
+
+/// Whether an argument of so many bytes is one for this parameter: a table may have room left.
+fn fills(arg: &Arg, bytes: usize, param: &Param) -> bool {
+    let room = param.size as usize;
+    if matches!(arg, Arg::Table(_)) { bytes <= room } else { bytes == room }
 }
 
 /// Whether the parameter is aligned as its contents need it.
 fn aligned(arg: &Arg, param: &Param) -> bool {
     let need = match arg {
         Arg::Map(..) => 64,
+        Arg::Table(_) => 8,
         _ => param.size.max(1),
     };
     param.align >= need && param.offset.is_multiple_of(param.align.max(1))
@@ -453,6 +473,14 @@ mod tests {
 	.param .align 64 .b8 tiles_bf16_param_1[128]
 )
 .maxntid 128, 1, 1
+{
+	ret;
+}
+.visible .entry rows_f32(
+	.param .f32 rows_f32_param_0,
+	.param .align 8 .b8 rows_f32_param_1[48]
+)
+.maxntid 256, 1, 1
 {
 	ret;
 }
@@ -570,10 +598,31 @@ mod tests {
         assert_eq!(scale.params, want);
         let located = |operand, address| Located { operand, address, bytes: 2048 };
         let operands =
-            vec![(0, located(Operand::Out(0), 0x2000_0000)), (1, located(Operand::In(0), 0x1000_0100))];
+            vec![(0, located(Operand::Out(0), 0x2000_0000)), (8, located(Operand::In(0), 0x1000_0100))];
         assert_eq!(scale.operands, operands);
         assert_eq!((tiles.params.len(), &tiles.params[..4]), (192, &[3, 0, 0, 0][..]));
         assert_eq!(&tiles.params[64..73], &[0x10, 1, 0, 0x10, 0, 0, 0, 0, 0xee]);
+    }
+
+    #[test]
+    fn tables_hold_addresses_and_sizes_and_zeros_behind_them() {
+        let rows = |words: Vec<Arg>| {
+            changed(|p| (p.entry, p.args) = ("rows_f32", vec![Arg::F32(1.5), Arg::Table(words.clone())]))
+        };
+        let words = vec![Arg::Address(Operand::Out(0), 16), Arg::U64(9), Arg::input(0)];
+        let (library, step) = (library(&Target::A100), step(vec![rows(words)]));
+        let found = commands(&step, &Target::A100, &library, &mut Flat).unwrap();
+        let [Command::Kernel(call)] = &found[..] else { panic!("{found:?}") };
+        let want: Vec<u8> =
+            [0x2000_0010u64, 9, 0x1000_0100, 0, 0, 0].iter().flat_map(|w| w.to_le_bytes()).collect();
+        assert_eq!(call.params[8..], want);
+        let located = |operand, address| Located { operand, address, bytes: 2048 };
+        let operands =
+            [(8, located(Operand::Out(0), 0x2000_0000)), (24, located(Operand::In(0), 0x1000_0100))];
+        assert_eq!(call.operands, operands);
+        refused(rows(vec![Arg::U64(1); 7]), "declared is Bytes of 48 bytes, aligned to 8");
+        refused(rows(vec![Arg::U32(1)]), "U32(1) stands in a table");
+        refused(changed(|p| p.args[3] = Arg::Table(vec![Arg::U64(9)])), "argument 3 is Table");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Everything that changes between steps is a tensor. A gradient that is not finite makes the scale
 //! zero, and a zero scale leaves weights, moments and means as they are.
 use super::prelude::*;
+use std::sync::Arc;
 
 mod kernels;
 
@@ -46,17 +47,23 @@ struct Clip {
 #[derive(Debug)]
 struct AdamWStep {
     hyper: AdamW,
-    master: bool,
+    /// Parameters, each with `states` of its own.
+    params: usize,
+    /// 4, or 5 with a master copy.
+    states: usize,
 }
 
 #[derive(Debug)]
-struct Ema;
+struct Ema {
+    /// Means, each with what it follows.
+    pairs: usize,
+}
 
 impl Graph {
     /// `sum [1] += sum of x^2` over all tensors `xs`, in place, in their order.
     #[track_caller]
     pub fn sum_squares_into(&mut self, mut sum: Tensor, xs: &[Tensor]) -> Tensor {
-        for some in xs.chunks(TOGETHER) {
+        for some in xs.chunks(SUMMED) {
             let ins: Vec<Tensor> = [sum].into_iter().chain(some.iter().copied()).collect();
             [sum] = self.push(SumSquares, &ins);
         }
@@ -70,28 +77,81 @@ impl Graph {
         self.push(Clip { max_norm }, &[sum_squares])
     }
 
-    /// One step of one parameter, in place, and its gradient set to zero; the new weight (the master
-    /// copy where there is one). `schedule [3]` holds the learning rate, `1 - beta1^t` and
-    /// `1 - beta2^t`; `scale [1]` multiplies the gradient.
+    /// One step of every parameter of `all`, in place, and its gradient set to zero; the new weights (the
+    /// master copies where there are some), in order. `schedule [3]` holds the learning rate,
+    /// `1 - beta1^t` and `1 - beta2^t`; `scale [1]` multiplies the gradients. Neighbours that are stored in
+    /// the same types share a launch, up to 32 of them.
     #[track_caller]
-    pub fn adamw(&mut self, hyper: AdamW, s: AdamWStates, schedule: Tensor, scale: Tensor) -> Tensor {
-        let op = AdamWStep { hyper, master: s.master.is_some() };
-        match s.master {
-            Some(master) => self.push::<5>(op, &[s.param, s.m, s.v, s.grad, master, schedule, scale])[4],
-            None => self.push::<4>(op, &[s.param, s.m, s.v, s.grad, schedule, scale])[0],
+    pub fn adamw(
+        &mut self,
+        hyper: AdamW,
+        all: &[AdamWStates],
+        schedule: Tensor,
+        scale: Tensor,
+    ) -> Vec<Tensor> {
+        let mut new = Vec::with_capacity(all.len());
+        for some in self.together(all, AdamWStates::tensors) {
+            let states = some[0].tensors().len();
+            let op = AdamWStep { hyper, params: some.len(), states };
+            let ins = some.iter().flat_map(AdamWStates::tensors).chain([schedule, scale]);
+            let outs = self.apply(Arc::new(op), &ins.collect::<Vec<_>>());
+            let moved = if states == 5 { 4 } else { 0 };
+            new.extend(
+                (0..some.len()).map(|i| outs.get(i * states + moved).copied().unwrap_or(Tensor::VOID)),
+            );
         }
+        new
     }
 
-    /// `mean += (1 - decay) (x - mean)`, in place, unless `scale` is zero; `decay` and `scale` `[1]`.
+    /// `mean += (1 - decay) (x - mean)` of every pair `[mean, x]`, in place, unless `scale` is zero; `decay` and
+    /// `scale` `[1]`. Pairs share launches as in [`Graph::adamw`].
     #[track_caller]
-    pub fn ema_into(&mut self, mean: Tensor, x: Tensor, decay: Tensor, scale: Tensor) -> Tensor {
-        self.push::<1>(Ema, &[mean, x, decay, scale])[0]
+    pub fn ema_into(&mut self, pairs: &[[Tensor; 2]], decay: Tensor, scale: Tensor) -> Vec<Tensor> {
+        let mut means = Vec::with_capacity(pairs.len());
+        for some in self.together(pairs, |pair| pair.to_vec()) {
+            let ins = some.iter().flatten().copied().chain([decay, scale]);
+            let outs = self.apply(Arc::new(Ema { pairs: some.len() }), &ins.collect::<Vec<_>>());
+            means.extend((0..some.len()).map(|i| outs.get(i).copied().unwrap_or(Tensor::VOID)));
+        }
+        means
+    }
+
+    /// Neighbours that one op may take: of the same types, so many as a launch takes and, but for one alone, no
+    /// more than [`ELEMENTS`].
+    fn together<'a, T>(&self, all: &'a [T], tensors: impl Fn(&T) -> Vec<Tensor>) -> Vec<&'a [T]> {
+        let (mut groups, mut rest) = (Vec::new(), all);
+        while let Some(first) = rest.first() {
+            let types = |x: &T| tensors(x).iter().map(|&t| self.spec(t).dtype).collect::<Vec<_>>();
+            let wanted = types(first);
+            let mut elements = 0;
+            let fits = |x: &&T| {
+                elements += tensors(x).first().map_or(0, |&t| self.spec(t).shape.numel());
+                elements <= ELEMENTS && types(x) == wanted
+            };
+            let count = rest.iter().take(TOGETHER).take_while(fits).count().max(1);
+            let (group, others) = rest.split_at(count);
+            groups.push(group);
+            rest = others;
+        }
+        groups
+    }
+}
+
+impl AdamWStates {
+    /// In the order in which the op takes them.
+    fn tensors(&self) -> Vec<Tensor> {
+        [self.param, self.m, self.v, self.grad].into_iter().chain(self.master).collect()
     }
 }
 
 const CHUNK: usize = 16 * 1024;
 /// Tensors whose squares one op sums.
-const TOGETHER: usize = 8;
+const SUMMED: usize = 8;
+/// Parameters that one op moves: the rows of its kernels' tables.
+const TOGETHER: usize = 32;
+/// Their elements: of more, a launch is nothing beside its work, and the CPU device decodes all bf16 operands of an op
+/// at once.
+const ELEMENTS: usize = 1 << 25;
 
 impl Op for SumSquares {
     fn name(&self) -> &'static str {
@@ -171,52 +231,42 @@ impl Op for AdamWStep {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let n = if self.master { 5 } else { 4 };
         floats(ins)?;
-        if let Some(s) = ins[..n].iter().find(|s| s.shape != ins[0].shape) {
-            return Err(format!("state {s:?} is not of the weight's shape {:?}", ins[0]));
+        let (all, numbers) = ins.split_at(self.params * self.states);
+        for own in all.chunks(self.states) {
+            if let Some(s) = own.iter().find(|s| s.shape != own[0].shape) {
+                return Err(format!("state {s:?} is not of the weight's shape {:?}", own[0]));
+            }
+            if own[1].dtype != own[2].dtype {
+                return Err(format!("moments {:?} and {:?} differ in type", own[1], own[2]));
+            }
         }
-        if ins[1].dtype != ins[2].dtype {
-            return Err(format!("moments {:?} and {:?} differ in type", ins[1], ins[2]));
+        let [schedule, scale] = operands(numbers)?;
+        if schedule.shape.numel() != 3 || scale.shape.numel() != 1 {
+            return Err(format!("schedule {schedule:?} is not [3] or scale {scale:?} not [1]"));
         }
-        if ins[n].shape.numel() != 3 || ins[n + 1].shape.numel() != 1 {
-            return Err(format!("schedule {:?} is not [3] or scale {:?} not [1]", ins[n], ins[n + 1]));
-        }
-        Ok(ins[..n].to_vec())
+        Ok(all.to_vec())
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         let n = outs.len();
         real!(outs[1], T => {
             let (schedule, scale) = (T::read(&ins[n]), T::read(&ins[n + 1])[0]);
-            let [param, m, v, grad, master @ ..] = outs else { return };
-            let grad = T::write(grad);
-            if scale == T::ZERO {
-                grad.fill(T::ZERO);
-                return;
-            }
             let step = StepOf::new(&self.hyper, schedule, scale);
-            let (m, v) = (T::write(m), T::write(v));
-            let (param, copy) = match master {
-                [master, ..] => (T::write(master), T::write(param)),
-                [] => (T::write(param), &mut [][..]),
-            };
-            let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-            let each = param.par_chunks_mut(CHUNK).zip(grad.par_chunks_mut(CHUNK)).zip(moments);
-            each.for_each(|((p, g), (m, v))| simd!(step.apply(p, m, v, g)));
-            copy.copy_from_slice(&param[..copy.len()]);
+            outs.chunks_mut(self.states).for_each(|own| step.of(own));
         });
     }
 
-    fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::adamw(&self.hyper, ins, outs, on)
+    fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
+        kernels::adamw(&self.hyper, self.states, ins, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         // With a master copy the weight is only written.
-        let read = &ins[usize::from(self.master)..outs.len()];
-        let moved = traffic(read, outs);
-        Cost { flops: 14 * outs[0].shape.numel() as u64, bytes: moved }
+        let read = |own: &[Spec]| traffic(&own[usize::from(self.states == 5)..], &[]);
+        let read: u64 = ins[..outs.len()].chunks(self.states).map(read).sum();
+        let elements: usize = outs.iter().step_by(self.states).map(|s| s.shape.numel()).sum();
+        Cost { flops: 14 * elements as u64, bytes: read + traffic(&[], outs) }
     }
 
     fn memory(&self, out: usize) -> Memory {
@@ -249,6 +299,25 @@ impl<T: Real> StepOf<T> {
         }
     }
 
+    /// The step of one parameter.
+    fn of(&self, own: &mut [Out<'_>]) {
+        let [param, m, v, grad, master @ ..] = own else { return };
+        let grad = T::write(grad);
+        if self.scale == T::ZERO {
+            grad.fill(T::ZERO);
+            return;
+        }
+        let (m, v) = (T::write(m), T::write(v));
+        let (param, copy) = match master {
+            [master, ..] => (T::write(master), T::write(param)),
+            [] => (T::write(param), &mut [][..]),
+        };
+        let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+        let each = param.par_chunks_mut(CHUNK).zip(grad.par_chunks_mut(CHUNK)).zip(moments);
+        each.for_each(|((p, g), (m, v))| simd!(self.apply(p, m, v, g)));
+        copy.copy_from_slice(&param[..copy.len()]);
+    }
+
     #[inline(always)]
     fn apply(&self, p: &mut [T], m: &mut [T], v: &mut [T], g: &mut [T]) {
         let n = p.len();
@@ -269,44 +338,56 @@ impl Op for Ema {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let [mean, x, decay, scale] = operands(ins)?;
         floats(ins)?;
-        if mean.shape != x.shape || decay.shape.numel() != 1 || scale.shape.numel() != 1 {
-            return Err(format!("mean {mean:?} of {x:?} with decay {decay:?} and scale {scale:?}"));
+        let (pairs, numbers) = ins.split_at(2 * self.pairs);
+        let [decay, scale] = operands(numbers)?;
+        if let Some(p) = pairs.chunks(2).find(|p| p[0].shape != p[1].shape) {
+            return Err(format!("mean {:?} of {:?}", p[0], p[1]));
         }
-        Ok(vec![mean])
+        if decay.shape.numel() != 1 || scale.shape.numel() != 1 {
+            return Err(format!("decay {decay:?} or scale {scale:?} is not [1]"));
+        }
+        Ok(pairs.iter().step_by(2).copied().collect())
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         real!(outs[0], T => {
-            let (x, decay, scale) = (T::read(&ins[1]), T::read(&ins[2])[0], T::read(&ins[3])[0]);
+            let [decay, scale] = [0, 1].map(|i| T::read(&ins[2 * self.pairs + i])[0]);
             if scale == T::ZERO {
                 return;
             }
-            let each = T::write(&mut outs[0]).par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-            each.for_each(|(mean, x)| simd!({
-                for (mean, x) in mean.iter_mut().zip(x) {
-                    *mean += (T::ONE - decay) * (*x - *mean);
-                }
-            }));
+            for (mean, x) in outs.iter_mut().zip(ins.iter().skip(1).step_by(2)) {
+                let each = T::write(mean).par_chunks_mut(CHUNK).zip(T::read(x).par_chunks(CHUNK));
+                each.for_each(|(mean, x)| simd!({
+                    for (mean, x) in mean.iter_mut().zip(x) {
+                        *mean += (T::ONE - decay) * (*x - *mean);
+                    }
+                }));
+            }
         });
     }
 
     fn kernels(&self, ins: &[Spec], _: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::ema(ins, on)
+        kernels::ema(ins, self.pairs, on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
-        Cost { flops: 3 * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
+        let elements: usize = outs.iter().map(|s| s.shape.numel()).sum();
+        Cost { flops: 3 * elements as u64, bytes: traffic(ins, outs) }
     }
 
-    fn memory(&self, _: usize) -> Memory {
-        Memory::InPlace { input: 0 }
+    fn memory(&self, out: usize) -> Memory {
+        Memory::InPlace { input: 2 * out }
     }
 }
 
 pub(super) fn cases() -> Vec<Case> {
     let hyper = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let broken = || Fill::Values(vec![1.0, f64::NAN, f64::INFINITY, -2.0, 0.0]);
+    let joined = |lengths: &[usize]| match lengths.len() {
+        n @ 0..12 => lengths[..n].iter().map(usize::to_string).collect::<Vec<_>>().join(" and "),
+        n => format!("{n} tensors"),
+    };
     // Moments as after gradients of size `past`. Narrow moments and gradients are of the type under test.
     let stored = |case: Case, narrow: bool, n: usize, fill: Fill| match narrow {
         true => case.floats([n], fill),
@@ -321,7 +402,7 @@ pub(super) fn cases() -> Vec<Case> {
                         gradient: Fill| {
         let case = Case::new("adamw", name, move |g, x| {
             let s = AdamWStates { param: x[0], m: x[1], v: x[2], grad: x[3], master: master.then(|| x[6]) };
-            vec![g.adamw(hyper, s, x[4], x[5])]
+            g.adamw(hyper, &[s], x[4], x[5])
         });
         let [moments, gradients] = narrow;
         let case = stored(case.normal([n]), moments, n, Fill::Normal(0.1 * past));
@@ -341,9 +422,42 @@ pub(super) fn cases() -> Vec<Case> {
         let name = format!("{n}{}", if master { ", master copy" } else { "" });
         step(&name, master, n, 0.25 + (n % 3) as f64, Fill::Normal(0.1)).large()
     };
+    // Parameters of these lengths, weights and master copies behind the other states of each.
+    let steps_of = move |narrow: [bool; 2], master: bool, scale: f64, lengths: &[usize]| {
+        let each = if master { 5 } else { 4 };
+        let params = lengths.len();
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let of = |own: &[Tensor]| {
+                let master = own.get(4).copied();
+                AdamWStates { param: own[0], m: own[1], v: own[2], grad: own[3], master }
+            };
+            let (own, numbers) = x.split_at(params * each);
+            let all: Vec<AdamWStates> = own.chunks(each).map(of).collect();
+            g.adamw(hyper, &all, numbers[0], numbers[1])
+        };
+        let of_type = |on: bool, word| if on { word } else { "" };
+        let [moments, gradients] = narrow;
+        let name = format!(
+            "{}{}{}{}, scale {scale}",
+            joined(lengths),
+            of_type(master, ", master copies"),
+            of_type(moments, ", moments narrow"),
+            of_type(gradients, ", gradients narrow")
+        );
+        let gradient = |i: usize| if scale == 0.0 { broken() } else { Fill::Normal(0.1 + 0.1 * i as f64) };
+        let with = |case: Case, (i, &n): (usize, &usize)| {
+            let case = stored(case.normal([n]), moments, n, Fill::Normal(0.1));
+            let case = stored(case, moments, n, Fill::Uniform(0.1, 1.0));
+            let case = stored(case, gradients, n, gradient(i));
+            if master { case.single([n], Fill::Normal(1.0)) } else { case }
+        };
+        let case = lengths.iter().enumerate().fold(Case::new("adamw", name, build), with);
+        case.single([3], Fill::Values(vec![0.01, 0.19, 0.0975]))
+            .single([1], Fill::Values(vec![scale]))
+            .without_gradient()
+    };
     let squares_of = |lengths: &[usize]| {
-        let name = lengths.iter().map(usize::to_string).collect::<Vec<_>>().join(" and ");
-        let case = Case::new("sum_squares", name, |g, x| vec![g.sum_squares_into(x[0], &x[1..])])
+        let case = Case::new("sum_squares", joined(lengths), |g, x| vec![g.sum_squares_into(x[0], &x[1..])])
             .single([1], Fill::Values(vec![2.0]))
             .without_gradient();
         lengths.iter().fold(case, |case, &n| case.normal([n]))
@@ -359,14 +473,24 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("clip", name, build).single([1], Fill::Values(vec![sum])).without_gradient()
     };
     let ema = |name: String, n: usize, decay: f64, scale: f64| {
-        Case::new("ema", name, |g, x| vec![g.ema_into(x[0], x[1], x[2], x[3])])
+        Case::new("ema", name, |g, x| g.ema_into(&[[x[0], x[1]]], x[2], x[3]))
             .single([n], Fill::Normal(1.0))
             .normal([n])
             .single([1], Fill::Values(vec![decay]))
             .single([1], Fill::Values(vec![scale]))
             .without_gradient()
     };
-    let broken = || Fill::Values(vec![1.0, f64::NAN, f64::INFINITY, -2.0, 0.0]);
+    let means_of = |scale: f64, lengths: &[usize]| {
+        let (pairs, name) = (lengths.len(), format!("{}, scale {scale}", joined(lengths)));
+        let build = move |g: &mut Graph, x: &[Tensor]| {
+            let (all, numbers) = x.split_at(2 * pairs);
+            let all: Vec<[Tensor; 2]> = all.chunks(2).map(|pair| [pair[0], pair[1]]).collect();
+            g.ema_into(&all, numbers[0], numbers[1])
+        };
+        let with = |case: Case, &n: &usize| case.single([n], Fill::Normal(1.0)).normal([n]);
+        let case = lengths.iter().fold(Case::new("ema", name, build), with);
+        case.single([1], Fill::Values(vec![0.9])).single([1], Fill::Values(vec![scale])).without_gradient()
+    };
     let mut cases = vec![
         step("plain", false, 37, 0.5, Fill::Normal(1.0)),
         step("master copy", true, 16_411, 0.5, Fill::Normal(1.0)),
@@ -374,6 +498,11 @@ pub(super) fn cases() -> Vec<Case> {
         step("skipped, master copy", true, 1029, 0.0, broken()),
         step_after(1e-8, "gradients as small as eps", false, 61, 1.0, Fill::Normal(1e-8)),
         squares(20_011),
+        steps_of([false; 2], false, 0.5, &[3, 40, 1, 17]),
+        steps_of([false; 2], true, 0.5, &[5, 2, 1029]),
+        steps_of([false; 2], true, 0.0, &[43, 6]),
+        steps_of([false; 2], false, 0.5, &[7; 35]),
+        steps_of([false; 2], true, 0.5, &[0, 9, 0]),
         squares_of(&[17, 40_009, 1, 5]),
         squares_of(&[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]),
         clip("long", 16.0),
@@ -388,6 +517,9 @@ pub(super) fn cases() -> Vec<Case> {
         ema("decay 0.9".into(), 37, 0.9, 1.0),
         ema("skipped".into(), 41, 0.9, 0.0),
         ema("at once".into(), 1027, 0.0, 0.5),
+        means_of(1.0, &[3, 40, 1, 1029]),
+        means_of(0.0, &[5, 41]),
+        means_of(1.0, &[6; 33]),
     ];
     // Every tail, ends of blocks, and more than the grid takes at once.
     let lengths =
@@ -411,6 +543,15 @@ pub(super) fn cases() -> Vec<Case> {
         &[540_672, 270_336, 1_081_344],
     ];
     cases.extend(several.map(|lengths| squares_of(lengths).large()));
+    cases.extend(several.map(|lengths| means_of(1.0, lengths).large()));
+    for master in [false, true] {
+        cases.extend(several.map(|lengths| steps_of([false; 2], master, 0.5, lengths).large()));
+        cases.push(steps_of([false; 2], master, 0.0, &[4099, 2, 8191, 1]).large());
+    }
+    // Norms and biases of a model, and more rows than one table has.
+    let widths: Vec<usize> = (0..35).map(|i| [768, 64, 64, 3, 1, 2049, 4][i % 7]).collect();
+    cases.push(steps_of([false; 2], true, 0.5, &widths).large());
+    cases.push(means_of(1.0, &widths).large());
     for (narrow, what) in [([true, false], "moments"), ([false, true], "gradient"), ([true; 2], "both")] {
         let case = |n: usize, scale: f64, gradient: Fill| {
             let name = format!("{n}, {what} narrow, scale {scale}");
@@ -419,6 +560,7 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(case(1029, 0.5, Fill::Normal(1.0)));
         cases.push(case(43, 0.0, broken()));
         cases.extend([1, 3, 6, 1023, 5003, 444_001].map(|n| case(n, 0.5, Fill::Normal(0.1)).large()));
+        cases.extend([0.5, 0.0].map(|scale| steps_of(narrow, true, scale, &[1023, 5, 4099, 64]).large()));
     }
     cases
 }
@@ -431,6 +573,32 @@ mod tests {
         op::Kind,
         plan::Plan,
     };
+
+    #[test]
+    fn neighbours_of_the_same_types_go_together() {
+        let mut g = Graph::new();
+        let mut state =
+            |i: usize, what: &str, n: usize, dtype| g.state(Kind::Optim, &format!("{i}.{what}"), [n], dtype);
+        let all: Vec<AdamWStates> = (0..70)
+            .map(|i| {
+                let narrow = (40..50).contains(&i);
+                let n = if i > 65 { ELEMENTS / 2 } else { i };
+                let param = state(i, "w", n, if narrow { DType::Bf16 } else { DType::F32 });
+                let [m, v, grad] = ["m", "v", "g"].map(|what| state(i, what, n, DType::F32));
+                AdamWStates { param, m, v, grad, master: narrow.then(|| state(i, "master", n, DType::F32)) }
+            })
+            .collect();
+        let schedule = g.input("schedule", [3], DType::F32);
+        let scale = g.input("scale", [1], DType::F32);
+        let hyper = AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+        let new = g.adamw(hyper, &all, schedule, scale);
+        g.check().unwrap();
+        let states: Vec<usize> = g.nodes().iter().map(|n| n.outs.len()).collect();
+        assert_eq!((new.len(), states), (70, [32 * 4, 8 * 4, 10 * 5, 17 * 4, 2 * 4, 4].to_vec()));
+        assert_eq!(g.spec(new[45]), g.spec(all[45].master.unwrap()));
+        let latest = g.state(Kind::Optim, "69.w", [ELEMENTS / 2], DType::F32);
+        assert_eq!(new[69], latest);
+    }
 
     /// Three steps against the formula of the paper, a step that is skipped between them.
     #[test]
@@ -451,8 +619,8 @@ mod tests {
         let [norm, scale] = g.clip(sum, 2.0);
         let mean = state(&mut g, Kind::Ema, "w");
         let decay = g.fill(0.5, [1], DType::F64);
-        let new = g.adamw(hyper, s, schedule, scale);
-        g.ema_into(mean, new, decay, scale);
+        let new = g.adamw(hyper, &[s], schedule, scale);
+        g.ema_into(&[[mean, new[0]]], decay, scale);
         g.output("norm", norm);
         let mut device = CpuDevice::new(CpuOptions { threads: 1, poison: true }).unwrap();
         let plan = device.open(Plan::new(&g).unwrap().into()).unwrap();

@@ -1,6 +1,6 @@
 //! What `kernels-cu/{adamw,sum_squares,clip,ema}.cu` are launched with.
 use super::super::prelude::*;
-use super::{AdamW, TOGETHER};
+use super::{AdamW, SUMMED};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -8,6 +8,12 @@ const THREADS: u32 = 256;
 const BLOCKS: u32 = 4;
 /// Elements that a thread takes at once.
 const SPAN: u32 = 4;
+
+/// Elements of all of these, or the most that counts.
+fn count<'a>(specs: impl Iterator<Item = &'a Spec>) -> u32 {
+    let all: usize = specs.map(|s| s.shape.numel()).sum();
+    u32::try_from(all).unwrap_or(u32::MAX)
+}
 
 /// As many blocks as the machine holds at once, if there are elements for them.
 fn blocks(count: u32, span: u32, on: &Target) -> u32 {
@@ -38,24 +44,38 @@ fn stored(s: Spec) -> Result<&'static str, String> {
     }
 }
 
-pub(super) fn adamw(h: &AdamW, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-    let states = outs.len();
-    singles("master copies, schedule and scale", &ins[4..])?;
+pub(super) fn adamw(h: &AdamW, states: usize, ins: &[Spec], on: &Target) -> Result<Kernels, String> {
+    let numbers = ins.len() - 2;
+    let (all, others) = ins.split_at(numbers);
+    singles("schedule and scale", others)?;
+    let types = |own: &[Spec]| own.iter().map(|s| s.dtype).collect::<Vec<_>>();
+    let first = &all[..states];
+    if let Some(own) = all.chunks(states).find(|own| types(own) != types(first)) {
+        return Err(format!("{own:?} and {first:?} differ in types; move them one after the other"));
+    }
+    singles("master copies", &first[4..])?;
     let narrow = |s: Spec, name| Ok::<_, String>(if stored(s)? == "bf16" { name } else { "" });
-    let (moments, grad) = (narrow(ins[1], "moments_")?, narrow(ins[3], "grad_")?);
+    let (moments, grad) = (narrow(first[1], "moments_")?, narrow(first[3], "grad_")?);
     let master = if states == 5 { "master_" } else { "" };
-    let param = stored(ins[0])?;
+    let param = stored(first[0])?;
     if !(moments.is_empty() && grad.is_empty()) && (master.is_empty() || param != "bf16") {
         return Err("moments and gradients in bf16 are those of bf16 weights with master copies; \
                     use f32 for them, or the CPU device"
             .into());
     }
     let entry = format!("adamw_step_{master}{moments}{grad}{param}");
-    let count = size(ins[0].shape.numel())?;
-    let mut args: Vec<Arg> = (0..states).map(Arg::output).collect();
-    args.extend([Arg::input(states), Arg::input(states + 1), Arg::U32(count)]);
+    let row = |(i, own): (usize, &[Spec])| {
+        let outs = (0..states).map(|o| Arg::output(i * states + o));
+        let absent = (states == 4).then_some(Arg::U64(0));
+        let count = size(own[0].shape.numel())?;
+        Ok::<_, String>(outs.chain(absent).chain([Arg::U64(count.into())]).collect::<Vec<_>>())
+    };
+    let rows = all.chunks(states).enumerate().map(row).collect::<Result<Vec<_>, _>>()?;
+    let tensors = rows.len() as u32;
+    let mut args = vec![Arg::Table(rows.concat()), Arg::input(numbers), Arg::input(numbers + 1)];
+    args.push(Arg::U32(tensors));
     args.extend([h.beta1, h.beta2, h.eps, h.weight_decay].map(|x| Arg::F32(x as f32)));
-    Ok(only(launch(entry, blocks(count, SPAN, on), args)))
+    Ok(only(launch(entry, blocks(count(all.iter().step_by(states)), SPAN, on), args)))
 }
 
 pub(super) fn sum_squares(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
@@ -68,7 +88,7 @@ pub(super) fn sum_squares(ins: &[Spec], on: &Target) -> Result<Kernels, String> 
     let entry = format!("sum_squares_parts_{}", stored(x)?);
     let counts = xs.iter().map(|x| size(x.shape.numel())).collect::<Result<Vec<u32>, _>>()?;
     // What is not there is named all the same, and nothing of it is read.
-    let nothing = TOGETHER - xs.len();
+    let nothing = SUMMED - xs.len();
     let operands = (1..ins.len()).chain(std::iter::repeat_n(1, nothing)).map(Arg::input);
     let sizes = counts.iter().copied().chain(std::iter::repeat_n(0, nothing)).map(Arg::U32);
     let all = counts.iter().fold(0u32, |all, &n| all.saturating_add(n));
@@ -86,12 +106,26 @@ pub(super) fn clip(ins: &[Spec], max_norm: f64) -> Result<Kernels, String> {
     Ok(only(Launch::kernel("clip_norm_f32", [1; 3], 32, 0, args)))
 }
 
-pub(super) fn ema(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
-    singles("running means, decay and scale", &[ins[0], ins[2], ins[3]])?;
-    let entry = format!("ema_update_{}", stored(ins[1])?);
-    let count = size(ins[0].shape.numel())?;
-    let args = vec![Arg::output(0), Arg::input(1), Arg::input(2), Arg::input(3), Arg::U32(count)];
-    Ok(only(launch(entry, blocks(count, SPAN, on), args)))
+pub(super) fn ema(ins: &[Spec], pairs: usize, on: &Target) -> Result<Kernels, String> {
+    let (all, others) = ins.split_at(2 * pairs);
+    singles("decay and scale", others)?;
+    let mut rows = Vec::new();
+    for (i, pair) in all.chunks(2).enumerate() {
+        singles("running means", &pair[..1])?;
+        if pair[1].dtype != all[1].dtype {
+            return Err(format!(
+                "{:?} and {:?} differ in type; follow them one after the other",
+                pair[1], all[1]
+            ));
+        }
+        let count = size(pair[0].shape.numel())?;
+        rows.extend([Arg::output(i), Arg::input(2 * i + 1), Arg::U64(count.into())]);
+    }
+    let entry = format!("ema_update_{}", stored(all[1])?);
+    let blocks = blocks(count(all.iter().step_by(2)), SPAN, on);
+    let numbers = [Arg::input(all.len()), Arg::input(all.len() + 1), Arg::size(pairs)?];
+    let args = [Arg::Table(rows)].into_iter().chain(numbers).collect();
+    Ok(only(launch(entry, blocks, args)))
 }
 
 #[cfg(test)]
@@ -109,15 +143,38 @@ mod tests {
         let (p, f) = (Spec::new([3, 1000], DType::Bf16), Spec::new([3, 1000], DType::F32));
         let (schedule, scale) = (Spec::new([3], DType::F32), Spec::new([1], DType::F32));
         let on = Target::H200;
-        let k = adamw(&h, &[p, f, f, f, f, schedule, scale], &[p, f, f, f, f], &on).unwrap();
-        assert_eq!(one(&k), ("adamw_step_master_bf16", 3, 12));
-        let k = adamw(&h, &[f, f, f, f, schedule, scale], &[f; 4], &on).unwrap();
-        assert_eq!(one(&k), ("adamw_step_f32", 3, 11));
+        let k = adamw(&h, 5, &[p, f, f, f, f, schedule, scale], &on).unwrap();
+        assert_eq!(one(&k), ("adamw_step_master_bf16", 3, 8));
+        let k = adamw(&h, 4, &[f, f, f, f, schedule, scale], &on).unwrap();
+        assert_eq!(one(&k), ("adamw_step_f32", 3, 8));
         let large = Spec::new([1 << 25], DType::F32);
-        let k = ema(&[large, large, scale, scale], &on).unwrap();
-        assert_eq!(one(&k), ("ema_update_f32", 132 * 4, 5));
-        let why = adamw(&h, &[p, p, f, f, schedule, scale], &[p, p, f, f], &on).unwrap_err();
+        let k = ema(&[large, large, scale, scale], 1, &on).unwrap();
+        assert_eq!(one(&k), ("ema_update_f32", 132 * 4, 4));
+        let why = adamw(&h, 4, &[p, p, f, f, schedule, scale], &on).unwrap_err();
         assert!(why.contains("f32"), "{why}");
+        let why = adamw(&h, 4, &[f, f, f, f, p, f, f, f, schedule, scale], &on).unwrap_err();
+        assert!(why.contains("differ in types"), "{why}");
+    }
+
+    #[test]
+    fn a_row_of_a_table_is_what_the_kernel_reads() {
+        let h = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        let (a, b) = (Spec::new([300], DType::F32), Spec::new([3000], DType::F32));
+        let (schedule, scale) = (Spec::new([3], DType::F32), Spec::new([1], DType::F32));
+        let on = Target::H200;
+        let k = adamw(&h, 4, &[a, a, a, a, b, b, b, b, schedule, scale], &on).unwrap();
+        let [Launch::Kernel { grid, args, .. }] = &k.launches[..] else { panic!("{k:?}") };
+        let row =
+            |from: usize, count| (from..from + 4).map(Arg::output).chain([Arg::U64(0), Arg::U64(count)]);
+        let rows = row(0, 300).chain(row(4, 3000)).collect();
+        assert_eq!(
+            (grid[0], &args[..4]),
+            (4, &[Arg::Table(rows), Arg::input(8), Arg::input(9), Arg::U32(2)][..])
+        );
+        let k = ema(&[a, a, b, b, scale, scale], 2, &on).unwrap();
+        let [Launch::Kernel { args, .. }] = &k.launches[..] else { panic!("{k:?}") };
+        let row = |i: usize, count| [Arg::output(i), Arg::input(2 * i + 1), Arg::U64(count)];
+        assert_eq!(args[0], Arg::Table([row(0, 300), row(1, 3000)].concat()));
     }
 
     #[test]
