@@ -257,7 +257,7 @@ fn assert_no_two_live_values_overlap(plan: &Plan) {
         }
         for (o, slot) in step.outs.iter().enumerate().filter(|(_, s)| scratch(s)) {
             let (start, end) = range(slot);
-            if !step.aliases(o) {
+            if step.is_fresh(o) {
                 for other in step.ins.iter().filter(scratch) {
                     let (a, b) = range(other);
                     assert!(b <= start || end <= a, "step {i} writes over what it reads");

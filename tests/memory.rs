@@ -4,6 +4,7 @@ use transfusion::{
     batch::Batch,
     config::{Float, ModelConfig},
     engine::{Engine, Program, cpu},
+    footprint::{Footprint, Step},
     model::{self, Capacity, LossOptions, Recompute},
     run::RunConfig,
     train::{TrainOptions, Trainer},
@@ -37,14 +38,15 @@ fn recomputation_changes_no_bit_of_loss_and_gradients() {
         let weights = random_weights(&config, 1);
         let gradients = WAYS.map(|recompute| {
             let mut machine = Machine::new();
-            let options = LossOptions { recompute, ..LossOptions::TRAIN };
-            let program = machine.open(&model::loss_graph(&config, CAPACITY, options).unwrap());
-            machine.put_weights(&program, &weights);
-            machine.feed(&program, &batch);
-            // Twice: gradients are added to what is there.
-            machine.run(&program);
-            machine.run(&program);
-            let mut all = vec![("loss".to_string(), bits(&machine.output(&program, "loss")))];
+            let mut all = Vec::new();
+            for begins in [true, false] {
+                let options = LossOptions { recompute, begins, ..LossOptions::TRAIN };
+                let program = machine.open(&model::loss_graph(&config, CAPACITY, options).unwrap());
+                machine.put_weights(&program, &weights);
+                machine.feed(&program, &batch);
+                machine.run(&program);
+                all.push(("loss".to_string(), bits(&machine.output(&program, "loss"))));
+            }
             all.extend(
                 weights.iter().map(|(name, _)| (name.clone(), bits(&machine.state(Kind::Grad, name)))),
             );
@@ -55,6 +57,36 @@ fn recomputation_changes_no_bit_of_loss_and_gradients() {
             for ((name, have), (_, want)) in have.iter().zip(&gradients[0]) {
                 assert!(have == want, "{dtype}, QK-norm {qk_norm}, {way:?}: {name}");
             }
+        }
+    }
+}
+
+#[test]
+fn gradients_that_begin_are_those_added_to_zeros() {
+    for (dtype, qk_norm) in [("float32", true), ("bfloat16", false)] {
+        let config = stored(dtype, qk_norm);
+        let batch = pack(&config, CAPACITY, documents());
+        let weights = random_weights(&config, 1);
+        // After one micro-batch and after two.
+        let gradients = |begins: bool, before: f64| {
+            let mut machine = Machine::new();
+            let mut all = Vec::new();
+            for (i, begins) in [begins, false].into_iter().enumerate() {
+                let options = LossOptions { begins, ..LossOptions::TRAIN };
+                let program = machine.open(&model::loss_graph(&config, CAPACITY, options).unwrap());
+                for (name, values) in weights.iter().filter(|_| i == 0) {
+                    machine.put(&program, Kind::Param, name, values.iter().copied());
+                    machine.put(&program, Kind::Grad, name, values.iter().map(|_| before));
+                }
+                machine.feed(&program, &batch);
+                machine.run(&program);
+                all.extend(weights.iter().map(|(name, _)| (i, name, machine.state(Kind::Grad, name))));
+            }
+            all
+        };
+        for (have, want) in gradients(true, f64::NAN).into_iter().zip(gradients(false, 0.0)) {
+            // Of zeros the sign may be another.
+            assert!(have == want, "{dtype}, QK-norm {qk_norm}, micro-batch {}: {}", have.0, have.1);
         }
     }
 }
@@ -100,6 +132,42 @@ fn the_kernels_compute_the_same_bits_again() {
     for found in [on(simulator), on(|| cpu(2).unwrap())] {
         assert!(found[1] == found[0] && found[2] == found[0]);
     }
+}
+
+#[test]
+fn what_gradients_hold_between_steps_does_not_count() {
+    for device in [simulator, || cpu(2).unwrap()] {
+        let trained = |before: Option<f32>| {
+            let mut trainer = trainer(TrainOptions { accumulation: 2, ..options() }, device());
+            let mut all = Vec::new();
+            for _ in 0..2 {
+                for w in trainer.engine().weights().to_vec() {
+                    let values = before.map(|x| vec![x; w.elements()]);
+                    values
+                        .into_iter()
+                        .for_each(|v| trainer.engine().write_weight(Kind::Grad, &w.name, &v).unwrap());
+                }
+                all.push(trainer.step(&[batch(5), batch(6)]).unwrap().loss);
+            }
+            let engine = trainer.engine();
+            for w in engine.weights().to_vec() {
+                all.extend(engine.read_weight(Kind::Param, &w.name).unwrap().into_iter().map(f64::from));
+            }
+            bits(&all)
+        };
+        assert!(trained(None) == trained(Some(f32::NAN)));
+    }
+}
+
+#[test]
+fn a_step_of_one_micro_batch_has_one_program_of_the_loss() {
+    let inputs = |accumulation: usize| {
+        let mut config = RunConfig::preset("tiny").unwrap();
+        config.train.accumulation = accumulation;
+        Footprint::new(&Step::new(&config, None).unwrap(), 1).inputs
+    };
+    let [one, two, three] = [1, 2, 3].map(inputs);
+    assert!(one < two && two < 2 * one && two == three);
 }
 
 #[test]

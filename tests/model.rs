@@ -79,14 +79,17 @@ fn four_micro_batches_of_one_row_equal_one_batch_of_four() {
     let weights = random_weights(&config, 2);
     let gradients = |capacity: Capacity, batches: &[Batch]| {
         let mut machine = Machine::new();
-        let graph = model::loss_graph(&config, capacity, LossOptions::TRAIN).unwrap();
-        let program = machine.open(&graph);
-        machine.put_weights(&program, &weights);
+        let programs = [true, false].map(|begins| {
+            let options = LossOptions { begins, ..LossOptions::TRAIN };
+            machine.open(&model::loss_graph(&config, capacity, options).unwrap())
+        });
+        machine.put_weights(&programs[0], &weights);
         let mut loss = 0.0;
-        for batch in batches {
-            machine.feed_counting(&program, batch, counts);
-            machine.run(&program);
-            loss += machine.output(&program, "loss")[0];
+        for (i, batch) in batches.iter().enumerate() {
+            let program = &programs[i.min(1)];
+            machine.feed_counting(program, batch, counts);
+            machine.run(program);
+            loss += machine.output(program, "loss")[0];
         }
         (loss, weights.iter().map(|(name, _)| machine.state(Kind::Grad, name)).collect::<Vec<_>>())
     };

@@ -90,7 +90,7 @@ def linear_dx(s, t):
 
 @peer("eager")
 def linear_dw(s, t):
-    before = t[2] if s.accumulate == "true" else 0.0
+    before = t[2] if s.sum == "Added" else 0.0
     return Task(lambda: t[0].t() @ t[1], lambda dw: {0: before + dw})
 
 
@@ -120,7 +120,7 @@ def rmsnorm_bwd(s, t):
     of, d = norm, dy
     if s.arrived == "true":
         of, d = lambda x, w: (norm(x, w), x), (dy, before.pop(0))
-    return gradient(of, [x, w], d, lambda g: {0: g[0], 1: g[1] + (before[0] if before else 0.0)})
+    return gradient(of, [x, w], d, lambda g: {0: g[0], 1: g[1] + (before[0] if s.sum == "Added" else 0.0)})
 
 
 def split(qkv, s):
@@ -141,8 +141,9 @@ def qk_norm_bwd(s, t):
     q, k, _ = split(t[0], s)
     dq, dk, dv = split(t[3], s)
     eps = float(s.eps)
+    before = t[4:] if s.sum == "Added" else [0.0, 0.0]
     norm = lambda q, k, wq, wk: (F.rms_norm(q, wq.shape, wq, eps), F.rms_norm(k, wk.shape, wk, eps))
-    outs = lambda g: {0: torch.cat([g[0], g[1], dv], -2).flatten(-2), 1: g[2] + t[4], 2: g[3] + t[5]}
+    outs = lambda g: {0: torch.cat([g[0], g[1], dv], -2).flatten(-2), 1: g[2] + before[0], 2: g[3] + before[1]}
     return gradient(norm, [q, k, t[1], t[2]], (dq, dk), outs)
 
 
@@ -220,7 +221,7 @@ def gather_rows(s, t):
 def gather_rows_bwd(s, t):
     index, dy = chosen(t[1].flatten(), t[0])
     rows = int(re.search(r"x: \w+\[(\d+)", s.text)[1])
-    before = t[2] if s.accumulate == "true" else 0.0
+    before = t[2] if s.sum == "Added" else 0.0
     run = lambda: torch.zeros(rows, dy.shape[1], dtype=dy.dtype, device=dy.device).index_add_(0, index, dy)
     return Task(run, lambda dx: {0: before + dx})
 
@@ -245,23 +246,24 @@ def cross_entropy_bwd(s, t):
     h, head, targets, count, _, dloss, *before = t
     targets = targets.flatten().long()
     loss = lambda h, head: F.cross_entropy(F.linear(h, head).float(), targets, ignore_index=-1, reduction="sum") / count
-    outs = lambda g: {0: g[0], 1: g[1] + (before[0] if before else 0.0)}
+    outs = lambda g: {0: g[0], 1: g[1] + (before[0] if s.sum == "Added" else 0.0)}
     return gradient(loss, [h, head], dloss, outs)
 
 
 @peer("fused")
 def adamw(s, t):
     each = int(s.states)
-    master = each == 5
+    master = each == 4
     *states, schedule, scale = t
-    own = [states[at : at + each] for at in range(0, len(states), each)]
+    own = [states[at : at + each + 1] for at in range(0, len(states), each + 1)]
     lr, first = float(schedule[0]), float(schedule[1])
     beta1, beta2 = float(s.beta1), float(s.beta2)
     done = round(torch.tensor(1 - first).log().item() / torch.tensor(beta1).log().item()) - 1
-    starts = [(x[4] if master else x[0]).float() for x in own]
+    moved = 3 if master else 0
+    starts = [x[moved].float() for x in own]
     params = [start.clone().requires_grad_() for start in starts]
     for p, x in zip(params, own):
-        p.grad = x[3].float() * scale
+        p.grad = x[each].float() * scale
     optimiser = torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=float(s.eps), weight_decay=float(s.weight_decay), fused=True)
     for p, x in zip(params, own):
         step = torch.tensor(float(done), device=p.device)
@@ -274,7 +276,6 @@ def adamw(s, t):
                 p.copy_(start), state["exp_avg"].copy_(x[1]), state["exp_avg_sq"].copy_(x[2]), state["step"].fill_(done)
 
     def outs(_):
-        moved = 4 if master else 0
         of = lambda p: {moved: p.detach(), 1: optimiser.state[p]["exp_avg"], 2: optimiser.state[p]["exp_avg_sq"]}
         return {each * i + k: x for i, p in enumerate(params) for k, x in of(p).items()}
 

@@ -3,13 +3,14 @@
 use crate::{
     error::{Error, Result},
     graph::{Computed, Graph, Node, Role},
-    op::{Grad, Kind, Memory},
+    op::{Grad, Kind},
     tensor::{DType, Tensor},
 };
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 impl Graph {
-    /// Adds the nodes that add d(loss)/d(w) to the `Grad` state of every `w` (a `Param` state).
+    /// Adds the nodes that add d(loss)/d(w) to the `Grad` state of every `w` (a `Param` state), or begin it there
+    /// ([`Graph::begins`]).
     /// A gradient state has its parameter's name and shape, and the type that [`Graph::gradients`] says.
     ///
     /// # Errors
@@ -119,7 +120,7 @@ impl Graph {
     /// one, else to what has arrived.
     pub(crate) fn arrive(&mut self, x: Tensor, dx: Tensor) {
         if let Some(sum) = self.accumulator(x) {
-            let sum = self.add_into(sum, dx);
+            let sum = self.summed(x, sum, dx);
             self.accumulators.insert(x, sum);
             return;
         }
@@ -141,10 +142,8 @@ impl Again {
     fn new(nodes: &[Node]) -> Again {
         let mut makers = HashMap::new();
         for (i, n) in nodes.iter().enumerate().filter(|(_, n)| n.computed == Computed::Twice) {
-            let kept = |o: usize| match n.op.memory(o) {
-                Memory::InPlace { input } => !makers.contains_key(&n.ins[input]),
-                _ => false,
-            };
+            let replaced = |o: usize| n.op.memory(o).replaced();
+            let kept = |o: usize| replaced(o).is_some_and(|input| !makers.contains_key(&n.ins[input]));
             if !(0..n.outs.len()).any(kept) {
                 makers.extend(n.outs.iter().map(|&out| (out, i)));
             }
@@ -207,6 +206,7 @@ impl Graph {
 mod tests {
     use super::*;
     use crate::{
+        op::Memory,
         ops::{Epilogue, Heads},
         plan::{Plan, Step},
     };
@@ -324,6 +324,37 @@ mod tests {
         g.backward_from(&[(w, d), (y, e)], &[w]).unwrap();
         let sums = g.nodes.iter().filter(|n| n.op.name() == "add").count();
         assert_eq!((sums, Plan::new(&g).unwrap().steps.len()), (2, 3));
+    }
+
+    #[test]
+    fn the_first_gradient_begins_a_sum_and_the_others_are_added() {
+        let mut g = Graph::new();
+        g.begins = true;
+        let w = g.state(Kind::Param, "w", [8, 8], DType::F32);
+        let x = g.input("x", [3, 8], DType::F32);
+        let y = g.linear(x, w, Epilogue::default());
+        let y = g.linear(y, w, Epilogue::default());
+        let d = g.input("d", [3, 8], DType::F32);
+        g.backward_from(&[(y, d)], &[w]).unwrap();
+        let plan = Plan::new(&g).unwrap();
+        let sums: Vec<_> = plan.steps.iter().filter(|s| s.op.name() == "linear_dw").collect();
+        assert_eq!(
+            sums.iter().map(|s| s.op.memory(0)).collect::<Vec<_>>(),
+            [Memory::Over { input: 2 }, Memory::InPlace { input: 2 }]
+        );
+        // What begins reads nothing of before.
+        assert_eq!(sums[1].cost.bytes - sums[0].cost.bytes, 8 * 8 * 4);
+    }
+
+    #[test]
+    fn what_is_given_to_a_parameter_begins_its_sum() {
+        let mut g = Graph::new();
+        g.begins = true;
+        let w = g.state(Kind::Param, "w", [3, 8], DType::F32);
+        let [d, e] = ["d", "e"].map(|name| g.input(name, [3, 8], DType::F32));
+        g.backward_from(&[(w, d), (w, e)], &[w]).unwrap();
+        let names: Vec<_> = Plan::new(&g).unwrap().steps.iter().map(|s| s.op.name()).collect();
+        assert_eq!(names, ["cast", "add"]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     graph::{Graph, Node, Role},
     launch::{Cost, Target},
-    op::{Kind, Memory, Op},
+    op::{Kind, Memory, Op, Sum},
     plan::Plan,
     tensor::{DType, Host, Spec, Tensor},
 };
@@ -304,15 +304,26 @@ pub fn stored(op: impl Op + 'static, specs: &[Spec], ins: &[Host]) -> Option<Vec
 }
 
 /// The results of `op` on all operands but the last, stored, and `result` then added to that last one in
-/// f32: an op that accumulates, unfused. `None` unless the operands are bf16.
-pub fn then_added(op: impl Op + 'static, specs: &[Spec], ins: &[Host], result: usize) -> Option<Vec<Host>> {
+/// f32, or stored there: an op that accumulates, unfused. `None` unless it does, and the operands are bf16.
+pub fn then_summed(
+    op: impl Op + 'static,
+    how: Sum,
+    specs: &[Spec],
+    ins: &[Host],
+    result: usize,
+) -> Option<Vec<Host>> {
+    if how == Sum::Apart {
+        return None;
+    }
     let ((sum_spec, specs), (sum, ins)) = (specs.split_last()?, ins.split_last()?);
     if specs.first()?.dtype != DType::Bf16 || sum_spec.dtype != DType::F32 {
         return None;
     }
     let mut results = stored(op, specs, ins)?;
     let delta = results.get(result)?.to_f64();
-    results[result] = Host::from_f64(DType::F32, sum.to_f64().iter().zip(&delta).map(|(a, b)| a + b));
+    let before = |x: f64| if how.is_added() { x } else { 0.0 };
+    let sums = sum.to_f64().into_iter().map(before).zip(&delta).map(|(a, b)| a + b);
+    results[result] = Host::from_f64(DType::F32, sums);
     Some(results)
 }
 

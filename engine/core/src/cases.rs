@@ -56,6 +56,8 @@ pub struct Case {
     pub accumulating: bool,
     /// What gradients are summed in where bf16 is under test, as [`Graph::gradients`].
     pub gradients: Option<DType>,
+    /// Whether gradients begin in the accumulators, as [`Graph::begins`].
+    pub begins: bool,
     build: Build,
 }
 
@@ -80,6 +82,7 @@ impl Case {
             large: false,
             accumulating: false,
             gradients: None,
+            begins: false,
             build: Box::new(build),
         }
     }
@@ -140,6 +143,12 @@ impl Case {
         self.accumulating()
     }
 
+    /// Hands the parameters themselves to the op, which begins its sums in their accumulators.
+    pub fn beginning(mut self) -> Case {
+        self.begins = true;
+        self.accumulating()
+    }
+
     /// The type of input `i` when floats are `float`.
     fn spec(&self, i: usize, float: DType) -> Spec {
         let c = &self.inputs[i];
@@ -168,6 +177,7 @@ impl Case {
         let mut g = Graph::new();
         g.precision = if float == DType::Bf16 { Precision::Bf16 } else { Precision::F32 };
         g.gradients = self.gradients.filter(|_| float == DType::Bf16);
+        g.begins = self.begins;
         let (mut ins, mut params) = (vec![], vec![]);
         for (i, input) in self.inputs.iter().enumerate() {
             let spec = self.spec(i, float);

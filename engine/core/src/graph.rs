@@ -2,7 +2,7 @@
 use crate::{
     cpu::Precision,
     error::{Error, Result},
-    op::{Grad, Kind, Memory, Op},
+    op::{Grad, Kind, Memory, Op, Sum},
     tensor::{DType, Shape, Spec, Tensor},
 };
 use std::{collections::HashMap, panic::Location, sync::Arc};
@@ -82,6 +82,9 @@ pub struct Graph {
     /// Whether kernels may add up gradients that a backward pass makes from here on in whatever order their blocks
     /// come: other bits on every run, without waiting for turns.
     pub unordered: bool,
+    /// Whether [`Graph::backward`] begins the sums in the `Grad` states: the first gradient of each is stored over what
+    /// was there. Else all are added to that.
+    pub begins: bool,
     named: HashMap<(Role, String), Tensor>,
     latest: HashMap<Tensor, Tensor>,
     error: Option<Error>,
@@ -178,7 +181,7 @@ impl Graph {
     /// A state that an op replaces has a new newest version.
     fn follow_in_place(&mut self, op: &dyn Op, ins: &[Tensor], outs: &[Tensor]) {
         for (o, &out) in outs.iter().enumerate() {
-            if let Memory::InPlace { input } = op.memory(o) {
+            if let Some(input) = op.memory(o).replaced() {
                 let old = ins[input];
                 let first = self.latest.iter().find(|(_, v)| **v == old).map_or(old, |(k, _)| *k);
                 self.latest.insert(first, out);
@@ -204,6 +207,22 @@ impl Graph {
         self.accumulators.get(&t).copied()
     }
 
+    /// What becomes of the gradient of `t` that an op gives now.
+    pub fn sum(&self, t: Tensor) -> Sum {
+        match self.accumulator(t) {
+            None => Sum::Apart,
+            // What has the role of a state is what the program found there.
+            Some(sum) if self.begins && self.values[sum.index()].role != Role::Temp => Sum::Begun,
+            Some(_) => Sum::Added,
+        }
+    }
+
+    /// The new version of the accumulator `sum` of `t`, with `delta` in it.
+    #[track_caller]
+    pub(crate) fn summed(&mut self, t: Tensor, sum: Tensor, delta: Tensor) -> Tensor {
+        if self.sum(t) == Sum::Begun { self.store_into(sum, delta) } else { self.add_into(sum, delta) }
+    }
+
     /// What has arrived so far of the gradient of input `t`, if it has the shape and the type of `t`, while a backward
     /// pass is built. It is taken: who asks adds its own gradient to it and gives the sum as [`Grad::To`].
     pub(crate) fn take_arrived(&mut self, t: Tensor) -> Option<Tensor> {
@@ -216,7 +235,7 @@ impl Graph {
     #[track_caller]
     pub fn give(&mut self, t: Tensor, delta: Tensor) -> Grad {
         match self.accumulator(t) {
-            Some(sum) => Grad::Into(self.add_into(sum, delta)),
+            Some(sum) => Grad::Into(self.summed(t, sum, delta)),
             None => Grad::To(delta),
         }
     }
@@ -252,7 +271,7 @@ fn consistent(op: &dyn Op, ins: &[Spec], outs: Vec<Spec>) -> Result<Vec<Spec>, S
     }
     for (o, out) in outs.iter().enumerate() {
         match op.memory(o) {
-            Memory::InPlace { input } if ins.get(input) != Some(out) => {
+            Memory::InPlace { input } | Memory::Over { input } if ins.get(input) != Some(out) => {
                 return Err(format!("output {o} replaces input {input}, but is {out:?}"));
             }
             Memory::View { input, offset } => {

@@ -40,6 +40,63 @@ pub enum Memory {
         /// Which input.
         input: usize,
     },
+    /// It takes the place of an input, which is not read.
+    Over {
+        /// Which input.
+        input: usize,
+    },
+}
+
+impl Memory {
+    /// The input whose place it takes, read before or not.
+    pub fn replaced(self) -> Option<usize> {
+        match self {
+            Memory::InPlace { input } | Memory::Over { input } => Some(input),
+            Memory::Own | Memory::View { .. } => None,
+        }
+    }
+
+    /// Whether nothing of before is read there.
+    pub fn is_fresh(self) -> bool {
+        matches!(self, Memory::Own | Memory::Over { .. })
+    }
+}
+
+/// What an op does with the gradient of one of its inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sum {
+    /// It is a tensor of its own.
+    Apart,
+    /// The input has an accumulator, and this is the first gradient there: it is stored over what was before.
+    Begun,
+    /// It is added to the accumulator.
+    Added,
+}
+
+impl Sum {
+    /// Whether it is added to what is there.
+    pub fn is_added(self) -> bool {
+        self == Sum::Added
+    }
+
+    /// Where it lives, if `input` is the accumulator.
+    pub fn memory(self, input: usize) -> Memory {
+        match self {
+            Sum::Apart => Memory::Own,
+            Sum::Begun => Memory::Over { input },
+            Sum::Added => Memory::InPlace { input },
+        }
+    }
+
+    /// The operands that are read, if the last `sums` are accumulators.
+    pub fn read(self, ins: &[Spec], sums: usize) -> &[Spec] {
+        if self == Sum::Begun { &ins[..ins.len() - sums] } else { ins }
+    }
+
+    /// What the adjoint says of the input.
+    pub fn grad(self, t: Tensor) -> Grad {
+        if self == Sum::Apart { Grad::To(t) } else { Grad::Into(t) }
+    }
 }
 
 /// What the adjoint says about one input.
@@ -67,8 +124,8 @@ pub trait Op: Debug + Send + Sync {
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String>;
 
     /// Meaning, on the CPU, at f32 or f64: the device decodes bf16 before and rounds after, so
-    /// every float operand arrives as `F32` (or `F64` in an f64 graph). An operand that is updated
-    /// in place appears among `outs` only; its input is empty. Other outputs arrive uninitialised.
+    /// every float operand arrives as `F32` (or `F64` in an f64 graph). An operand that is replaced
+    /// appears among `outs` only; its input is empty. What is not updated in place arrives uninitialised.
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], cpu: &Cpu);
 
     /// Bytes of the buffers that [`Op::eval`] borrows of [`Cpu`] at the same time, at most, with so many threads.

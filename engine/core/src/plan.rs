@@ -71,9 +71,9 @@ pub struct Step {
 }
 
 impl Step {
-    /// Whether output `out` replaces or renames an input.
-    pub fn aliases(&self, out: usize) -> bool {
-        self.op.memory(out) != Memory::Own
+    /// Whether output `out` holds nothing before the step.
+    pub fn is_fresh(&self, out: usize) -> bool {
+        self.op.memory(out).is_fresh()
     }
 
     /// Whether nothing has to run: every output is a view.
@@ -226,7 +226,9 @@ pub fn steps(g: &Graph) -> Result<Vec<&Node>> {
     for n in &g.nodes {
         for (o, &out) in n.outs.iter().enumerate() {
             let source = match n.op.memory(o) {
-                Memory::InPlace { input } | Memory::View { input, .. } => n.ins[input],
+                Memory::InPlace { input } | Memory::Over { input } | Memory::View { input, .. } => {
+                    n.ins[input]
+                }
                 Memory::Own => continue,
             };
             if lasting.contains(&source) {
@@ -235,9 +237,8 @@ pub fn steps(g: &Graph) -> Result<Vec<&Node>> {
         }
     }
     for (n, keep) in g.nodes.iter().zip(&mut keep).rev() {
-        let writes_state = |(o, out): (usize, &Tensor)| {
-            matches!(n.op.memory(o), Memory::InPlace { .. }) && lasting.contains(out)
-        };
+        let writes_state =
+            |(o, out): (usize, &Tensor)| n.op.memory(o).replaced().is_some() && lasting.contains(out);
         *keep = n.outs.iter().any(|o| wanted.contains(o)) || n.outs.iter().enumerate().any(writes_state);
         if *keep {
             wanted.extend(&n.ins);
@@ -268,11 +269,11 @@ fn homes(g: &Graph, nodes: &[&Node]) -> Result<Vec<(usize, usize)>> {
             let (input, offset) = match n.op.memory(o) {
                 Memory::Own => continue,
                 Memory::View { input, offset } => (input, offset),
-                Memory::InPlace { input } => (input, 0),
+                Memory::InPlace { input } | Memory::Over { input } => (input, 0),
             };
             let (root, at) = home[n.ins[input].index()];
             home[out.index()] = (root, at + offset);
-            if let Memory::InPlace { .. } = n.op.memory(o) {
+            if n.op.memory(o).replaced().is_some() {
                 let v = version.entry(root).or_default();
                 *v = (v.0 + 1, n.op.name());
             }

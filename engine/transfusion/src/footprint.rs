@@ -7,8 +7,10 @@ use transfusion_core::{device::CpuDevice, launch::Target, op::Kind, plan::Plan};
 /// The plans of a training step.
 #[derive(Debug)]
 pub struct Step {
-    /// The loss of a micro-batch, and its gradient.
+    /// The loss of the first micro-batch, and its gradient.
     pub loss: Plan,
+    /// How many of its kind are open: with several micro-batches also one that adds to the gradient.
+    pub losses: usize,
     /// The optimiser's step.
     pub update: Plan,
 }
@@ -19,7 +21,8 @@ impl Step {
     /// # Errors
     /// If the configuration makes no sense, or the machine lacks a kernel for an op.
     pub fn new(config: &RunConfig, target: Option<&Target>) -> Result<Step> {
-        Ok(Step { loss: loss(config, target)?, update: update(config, target)? })
+        let losses = config.train.accumulation.min(2);
+        Ok(Step { loss: loss(config, target)?, losses, update: update(config, target)? })
     }
 }
 
@@ -62,10 +65,10 @@ pub struct Footprint {
 impl Footprint {
     /// Of the plans of a step; on a CPU, with so many threads, 0 for one on each core.
     pub fn new(step: &Step, threads: usize) -> Footprint {
-        Footprint::of(&step.loss, &step.update, threads)
+        Footprint::of(&step.loss, step.losses, &step.update, threads)
     }
 
-    fn of(loss: &Plan, update: &Plan, threads: usize) -> Footprint {
+    fn of(loss: &Plan, losses: usize, update: &Plan, threads: usize) -> Footprint {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { cores() } else { threads };
         let [decoded, workspace] = CpuDevice::extra_bytes(&[loss, update], threads).map(|n| n as u64);
@@ -74,7 +77,7 @@ impl Footprint {
             gradients: update.state_bytes(Kind::Grad),
             optimizer: update.state_bytes(Kind::Optim),
             ema: update.state_bytes(Kind::Ema),
-            inputs: (loss.input_bytes + update.input_bytes) as u64,
+            inputs: (losses * loss.input_bytes + update.input_bytes) as u64,
             scratch: loss.scratch_bytes.max(update.scratch_bytes) as u64,
             decoded,
             workspace,
@@ -174,7 +177,7 @@ fn largest(config: &RunConfig, target: Option<&Target>, budget: u64) -> Result<O
             Err(_) if best.is_some() => break,
             loss => loss?,
         };
-        let footprint = Footprint::of(&loss, &update, 0);
+        let footprint = Footprint::of(&loss, train.accumulation.min(2), &update, 0);
         let fits = footprint.total() <= budget;
         if fits || best.is_none() {
             best = Some(Alternative { train, footprint, fits });

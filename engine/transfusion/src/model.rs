@@ -170,8 +170,10 @@ pub enum Recompute {
 /// What a loss program is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LossOptions {
-    /// Adds the gradient of every weight to its `Grad` state.
+    /// Sums the gradient of every weight in its `Grad` state.
     pub backward: bool,
+    /// Begins those sums, as the first micro-batch of a step does: what was there does not count.
+    pub begins: bool,
     /// Reads the running means in place of the weights.
     pub ema: bool,
     /// Where the noise comes from.
@@ -190,9 +192,10 @@ pub struct LossOptions {
 }
 
 impl LossOptions {
-    /// A training step.
+    /// The first micro-batch of a training step.
     pub const TRAIN: LossOptions = LossOptions {
         backward: true,
+        begins: true,
         ema: false,
         noise: NoiseSource::Counter,
         recompute: Recompute::None,
@@ -202,7 +205,7 @@ impl LossOptions {
         inspect: false,
     };
     /// Evaluation.
-    pub const EVAL: LossOptions = LossOptions { backward: false, ..LossOptions::TRAIN };
+    pub const EVAL: LossOptions = LossOptions { backward: false, begins: false, ..LossOptions::TRAIN };
 }
 
 /// The program of one micro-batch: outputs `loss`, and where the model has them `loss_text`,
@@ -248,6 +251,7 @@ pub fn loss_graph(c: &ModelConfig, capacity: Capacity, options: LossOptions) -> 
     b.g.output("loss", loss);
     if options.backward {
         b.g.gradients = Some(options.gradients.dtype());
+        b.g.begins = options.begins;
         let params: Vec<Tensor> = weights(c).iter().map(|w| b.weight(&w.name)).collect();
         b.g.backward(loss, &params)?;
     }

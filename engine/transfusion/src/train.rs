@@ -176,7 +176,7 @@ impl TrainOptions {
         Capacity { rows: self.rows, positions: self.positions, text_rows: positions, images }
     }
 
-    /// What the program of a micro-batch is built from.
+    /// What the program of a step's first micro-batch is built from.
     pub fn loss(&self) -> LossOptions {
         LossOptions {
             recompute: self.recompute,
@@ -184,6 +184,11 @@ impl TrainOptions {
             unordered: !self.deterministic,
             ..LossOptions::TRAIN
         }
+    }
+
+    /// And those of its other micro-batches, which add to the gradients that the first begins.
+    pub fn more(&self) -> LossOptions {
+        LossOptions { begins: false, ..self.loss() }
     }
 
     /// What the optimiser's program is built from.
@@ -289,6 +294,9 @@ impl Trainer {
         trainer.engine.open(Program::Update(trainer.options.update()))?;
         trainer.start_masters()?;
         trainer.engine.open(Program::Loss(capacity, trainer.options.loss()))?;
+        if trainer.options.accumulation > 1 {
+            trainer.engine.open(Program::Loss(capacity, trainer.options.more()))?;
+        }
         Ok(trainer)
     }
 
@@ -400,17 +408,19 @@ impl Trainer {
     /// One optimiser step over micro-batches: losses and gradients are means over all of them.
     ///
     /// # Errors
-    /// If a batch has another geometry than the model takes, the device fails, or ten steps in a row had a
+    /// If there is no batch, one has another geometry than the model takes, the device fails, or ten steps in a row had a
     /// gradient that is not finite.
     pub fn step(&mut self, batches: &[Batch]) -> Result<StepReport> {
         let geometry = crate::run::geometry(self.engine.config(), self.capacity);
+        if batches.is_empty() {
+            return Err(Error::Data("a step without a batch has no gradient".into()));
+        }
         if let Some(batch) = batches.iter().find(|b| b.geometry != geometry) {
             return Err(Error::Data(format!(
                 "a batch of {:?} where {geometry:?} is trained",
                 batch.geometry
             )));
         }
-        let plan = self.engine.open(Program::Loss(self.capacity, self.options.loss()))?;
         let has_images = self.engine.config().image().is_some();
         let mut report = StepReport {
             step: self.progress.step + 1,
@@ -420,7 +430,9 @@ impl Trainer {
             tokens: batches.iter().map(Batch::used).sum(),
             ..Default::default()
         };
-        for batch in batches {
+        for (i, batch) in batches.iter().enumerate() {
+            let options = if i == 0 { self.options.loss() } else { self.options.more() };
+            let plan = self.engine.open(Program::Loss(self.capacity, options))?;
             feed(&mut self.engine, plan, batch, [report.text_targets, report.images])?;
             if has_images {
                 self.engine.ints(plan, "seed", &seed_words(self.options.seed))?;

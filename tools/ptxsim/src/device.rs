@@ -20,7 +20,6 @@ use transfusion_core::{
     },
     error::{Error, Result},
     launch::{Geometry, Launch, Operand, Target},
-    op::Memory as Home,
     plan::{Plan, Segment, Slot, Step},
     tensor::{Host, View, ViewMut},
 };
@@ -156,9 +155,9 @@ fn entries(plan: &Plan) -> impl Iterator<Item = &str> {
     })
 }
 
-/// What holds nothing when a step begins: results in memory of their own, and scratch buffers.
+/// What holds nothing when a step begins: results that are not updated in place, and scratch buffers.
 fn fresh(step: &Step) -> Vec<(String, Slot)> {
-    let outs = step.outs.iter().enumerate().filter(|(o, _)| step.op.memory(*o) == Home::Own);
+    let outs = step.outs.iter().enumerate().filter(|(o, _)| step.is_fresh(*o));
     let outs = outs.map(|(i, slot)| (name(Operand::Out(i)), *slot));
     outs.chain(step.scratch.iter().enumerate().map(|(i, slot)| (name(Operand::Scratch(i)), *slot))).collect()
 }

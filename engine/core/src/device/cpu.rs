@@ -349,7 +349,7 @@ fn run_step<const N: usize>(step: &Step, base: &Bases, staging: &mut [f32], cpu:
     }
     for (o, slot) in step.outs.iter().enumerate() {
         let mut view = borrow_mut(base, slot);
-        if poison && !step.aliases(o) {
+        if poison && step.is_fresh(o) {
             view.bytes().fill(0xff);
         }
         (outs[o].shape, outs[o].stored) = (slot.spec.shape, slot.spec.dtype);

@@ -5,7 +5,7 @@
 use super::{Place, PlanId};
 use crate::{
     error::{Error, Result},
-    op::{Kind, Memory},
+    op::Kind,
     plan::{Plan, Segment, Slot, Step},
     tensor::{DType, Spec},
 };
@@ -354,10 +354,7 @@ fn overlap(a: &Slot, b: &Slot) -> bool {
 
 /// The input that output `o` of a step replaces.
 pub(super) fn replaced(step: &Step, o: usize) -> Option<usize> {
-    match step.op.memory(o) {
-        Memory::InPlace { input } => Some(input),
-        _ => None,
-    }
+    step.op.memory(o).replaced()
 }
 
 #[cfg(test)]

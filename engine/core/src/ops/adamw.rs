@@ -32,7 +32,7 @@ pub struct AdamWStates {
     pub m: Tensor,
     /// Second moment.
     pub v: Tensor,
-    /// Gradient; zero afterwards.
+    /// Gradient, which is read.
     pub grad: Tensor,
 }
 
@@ -47,9 +47,8 @@ struct Clip {
 #[derive(Debug)]
 struct AdamWStep {
     hyper: AdamW,
-    /// Parameters, each with `states` of its own.
     params: usize,
-    /// 4, or 5 with a master copy.
+    /// States of each that it moves: 3, or 4 with a master copy.
     states: usize,
 }
 
@@ -77,8 +76,7 @@ impl Graph {
         self.push(Clip { max_norm }, &[sum_squares])
     }
 
-    /// One step of every parameter of `all`, in place, and its gradient set to zero; the new weights (the
-    /// master copies where there are some), in order. `schedule [3]` holds the learning rate,
+    /// One step of every parameter of `all`, in place; the new weights (the master copies where there are some), in order. `schedule [3]` holds the learning rate,
     /// `1 - beta1^t` and `1 - beta2^t`; `scale [1]` multiplies the gradients. Neighbours that are stored in
     /// the same types share a launch, up to 32 of them.
     #[track_caller]
@@ -91,11 +89,11 @@ impl Graph {
     ) -> Vec<Tensor> {
         let mut new = Vec::with_capacity(all.len());
         for some in self.together(all, AdamWStates::tensors) {
-            let states = some[0].tensors().len();
+            let states = some[0].tensors().len() - 1;
             let op = AdamWStep { hyper, params: some.len(), states };
             let ins = some.iter().flat_map(AdamWStates::tensors).chain([schedule, scale]);
             let outs = self.apply(Arc::new(op), &ins.collect::<Vec<_>>());
-            let moved = if states == 5 { 4 } else { 0 };
+            let moved = if states == 4 { 3 } else { 0 };
             new.extend(
                 (0..some.len()).map(|i| outs.get(i * states + moved).copied().unwrap_or(Tensor::VOID)),
             );
@@ -140,7 +138,7 @@ impl Graph {
 impl AdamWStates {
     /// In the order in which the op takes them.
     fn tensors(&self) -> Vec<Tensor> {
-        [self.param, self.m, self.v, self.grad].into_iter().chain(self.master).collect()
+        [self.param, self.m, self.v].into_iter().chain(self.master).chain([self.grad]).collect()
     }
 }
 
@@ -232,8 +230,8 @@ impl Op for AdamWStep {
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         floats(ins)?;
-        let (all, numbers) = ins.split_at(self.params * self.states);
-        for own in all.chunks(self.states) {
+        let (all, numbers) = ins.split_at(self.params * (self.states + 1));
+        for own in all.chunks(self.states + 1) {
             if let Some(s) = own.iter().find(|s| s.shape != own[0].shape) {
                 return Err(format!("state {s:?} is not of the weight's shape {:?}", own[0]));
             }
@@ -245,15 +243,19 @@ impl Op for AdamWStep {
         if schedule.shape.numel() != 3 || scale.shape.numel() != 1 {
             return Err(format!("schedule {schedule:?} is not [3] or scale {scale:?} not [1]"));
         }
-        Ok(all.to_vec())
+        Ok(all.chunks(self.states + 1).flat_map(|own| &own[..self.states]).copied().collect())
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
-        let n = outs.len();
+        let [states @ .., schedule, scale] = ins else { return };
         real!(outs[1], T => {
-            let (schedule, scale) = (T::read(&ins[n]), T::read(&ins[n + 1])[0]);
-            let step = StepOf::new(&self.hyper, schedule, scale);
-            outs.chunks_mut(self.states).for_each(|own| step.of(own));
+            let scale = T::read(scale)[0];
+            if scale == T::ZERO {
+                return;
+            }
+            let step = StepOf::new(&self.hyper, T::read(schedule), scale);
+            let grads = states.iter().skip(self.states).step_by(self.states + 1);
+            outs.chunks_mut(self.states).zip(grads).for_each(|(own, grad)| step.of(own, T::read(grad)));
         });
     }
 
@@ -263,14 +265,14 @@ impl Op for AdamWStep {
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         // With a master copy the weight is only written.
-        let read = |own: &[Spec]| traffic(&own[usize::from(self.states == 5)..], &[]);
-        let read: u64 = ins[..outs.len()].chunks(self.states).map(read).sum();
+        let read = |own: &[Spec]| traffic(&own[usize::from(self.states == 4)..], &[]);
+        let read: u64 = ins[..self.params * (self.states + 1)].chunks(self.states + 1).map(read).sum();
         let elements: usize = outs.iter().step_by(self.states).map(|s| s.shape.numel()).sum();
         Cost { flops: 14 * elements as u64, bytes: read + traffic(&[], outs) }
     }
 
     fn memory(&self, out: usize) -> Memory {
-        Memory::InPlace { input: out }
+        Memory::InPlace { input: out + out / self.states }
     }
 }
 
@@ -300,34 +302,28 @@ impl<T: Real> StepOf<T> {
     }
 
     /// The step of one parameter.
-    fn of(&self, own: &mut [Out<'_>]) {
-        let [param, m, v, grad, master @ ..] = own else { return };
-        let grad = T::write(grad);
-        if self.scale == T::ZERO {
-            grad.fill(T::ZERO);
-            return;
-        }
+    fn of(&self, own: &mut [Out<'_>], grad: &[T]) {
+        let [param, m, v, master @ ..] = own else { return };
         let (m, v) = (T::write(m), T::write(v));
         let (param, copy) = match master {
             [master, ..] => (T::write(master), T::write(param)),
             [] => (T::write(param), &mut [][..]),
         };
         let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-        let each = param.par_chunks_mut(CHUNK).zip(grad.par_chunks_mut(CHUNK)).zip(moments);
+        let each = param.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK)).zip(moments);
         each.for_each(|((p, g), (m, v))| simd!(self.apply(p, m, v, g)));
         copy.copy_from_slice(&param[..copy.len()]);
     }
 
     #[inline(always)]
-    fn apply(&self, p: &mut [T], m: &mut [T], v: &mut [T], g: &mut [T]) {
+    fn apply(&self, p: &mut [T], m: &mut [T], v: &mut [T], g: &[T]) {
         let n = p.len();
-        let (m, v, g) = (&mut m[..n], &mut v[..n], &mut g[..n]);
+        let (m, v, g) = (&mut m[..n], &mut v[..n], &g[..n]);
         for i in 0..n {
             let d = g[i] * self.scale;
             m[i] = self.beta1 * m[i] + (T::ONE - self.beta1) * d;
             v[i] = self.beta2 * v[i] + (T::ONE - self.beta2) * d * d;
             p[i] = self.keep * p[i] - self.rate * m[i] / (v[i].sqrt() * self.root + self.eps);
-            g[i] = T::ZERO;
         }
     }
 }
@@ -594,7 +590,7 @@ mod tests {
         let new = g.adamw(hyper, &all, schedule, scale);
         g.check().unwrap();
         let states: Vec<usize> = g.nodes().iter().map(|n| n.outs.len()).collect();
-        assert_eq!((new.len(), states), (70, [32 * 4, 8 * 4, 10 * 5, 17 * 4, 2 * 4, 4].to_vec()));
+        assert_eq!((new.len(), states), (70, [32 * 3, 8 * 3, 10 * 4, 17 * 3, 2 * 3, 3].to_vec()));
         assert_eq!(g.spec(new[45]), g.spec(all[45].master.unwrap()));
         let latest = g.state(Kind::Optim, "69.w", [ELEMENTS / 2], DType::F32);
         assert_eq!(new[69], latest);
@@ -646,7 +642,7 @@ mod tests {
                 let have = read(kind, name);
                 assert!((have - want).abs() < 1e-7, "{kind:?} {name}: {have} {want}");
             }
-            assert_eq!(read(Kind::Grad, "w"), 0.0);
+            assert_eq!(read(Kind::Grad, "w").to_bits(), grad.to_bits());
         }
     }
 }

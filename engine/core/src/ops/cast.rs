@@ -5,6 +5,8 @@ use super::{lots, prelude::*};
 #[derive(Debug)]
 struct Cast {
     to: DType,
+    /// Whether its place is that of the second operand.
+    over: bool,
 }
 
 #[derive(Debug)]
@@ -16,7 +18,15 @@ impl Graph {
     /// `x` as floats of type `to`, rounded to nearest; a copy where it has that type.
     #[track_caller]
     pub fn cast(&mut self, x: Tensor, to: DType) -> Tensor {
-        self.push::<1>(Cast { to }, &[x])[0]
+        self.push::<1>(Cast { to, over: false }, &[x])[0]
+    }
+
+    /// `place = x`, in place, whatever was there: the new version of `place`, which may be of another float type than
+    /// `x` and fold its elements otherwise.
+    #[track_caller]
+    pub fn store_into(&mut self, place: Tensor, x: Tensor) -> Tensor {
+        let to = self.spec(place).dtype;
+        self.push::<1>(Cast { to, over: true }, &[x, place])[0]
     }
 
     /// The same elements under another shape; nothing moves.
@@ -32,9 +42,17 @@ impl Op for Cast {
     }
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
-        let [x] = operands(ins)?;
-        floats(&[x, Spec::new(x.shape, self.to)])?;
-        Ok(vec![Spec::new(x.shape, self.to)])
+        floats(ins)?;
+        if !self.over {
+            let [x] = operands(ins)?;
+            floats(&[Spec::new(x.shape, self.to)])?;
+            return Ok(vec![Spec::new(x.shape, self.to)]);
+        }
+        let [x, place] = operands(ins)?;
+        match x.shape.numel() == place.shape.numel() {
+            true => Ok(vec![place]),
+            false => Err(format!("{x:?} does not fit the place of {place:?}")),
+        }
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
@@ -59,10 +77,21 @@ impl Op for Cast {
         Ok(lots::single(lots::over(format!("cast_fwd_{suffix}"), count, lot, on, args)))
     }
 
+    fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
+        Cost { flops: 0, bytes: traffic(&ins[..1], outs) }
+    }
+
+    fn memory(&self, _: usize) -> Memory {
+        if self.over { Memory::Over { input: 1 } } else { Memory::Own }
+    }
+
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
-        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived")]) };
-        let from = g.spec(n.ins[0]).dtype;
-        Ok(vec![Grad::To(if from == self.to { dy } else { g.cast(dy, from) })])
+        let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); n.ins.len()]) };
+        let x = g.spec(n.ins[0]);
+        let dx = if x.dtype == self.to { dy } else { g.cast(dy, x.dtype) };
+        let dx = if g.spec(dx).shape == x.shape { dx } else { g.reshape(dx, x.shape) };
+        let before = self.over.then_some(Grad::Stop("what was there is not read"));
+        Ok([Grad::To(dx)].into_iter().chain(before).collect())
     }
 }
 
@@ -118,10 +147,17 @@ pub(super) fn cases() -> Vec<Case> {
     let more = more.into_iter().chain([(1201, 768), (2207, 1031)]);
     let more = more.chain([(1, 7), (1, 9), (17, 2), (23, 12), (41, 41), (61, 129), (131, 520)]);
     let sizes = sizes.into_iter().chain(more).map(|(n, c)| widened(n, c).large());
+    let stored = |n: usize, c: usize| {
+        let build = |g: &mut Graph, x: &[Tensor]| vec![g.store_into(x[0], x[1]), g.store_into(x[2], x[1])];
+        let case = Case::new("cast", format!("{n}x{c}, stored over others"), build);
+        case.normal([n, c]).normal([n, c]).single([n, c], Fill::Normal(1.0)).without_gradient()
+    };
     let mut cases = vec![
         copy(3, 7),
         copy(257, 65).large(),
         widened(3, 7),
+        stored(3, 7),
+        stored(31, 67).large(),
         Case::new("reshape", "folded", |g, x| {
             let y = g.reshape(x[0], [6, 5]);
             vec![g.add(y, x[1])]

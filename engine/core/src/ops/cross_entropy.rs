@@ -15,7 +15,7 @@ struct CrossEntropy {
 /// `dh` and `dw`; `dw` is added to an accumulator where there is one.
 #[derive(Debug)]
 struct CrossEntropyBwd {
-    accumulate: bool,
+    sum: Sum,
     precision: Precision,
 }
 
@@ -153,12 +153,10 @@ impl Op for CrossEntropy {
         let Some(dloss) = d[0] else { return Ok(vec![stop(); n.ins.len()]) };
         let mut ins = n.ins.clone();
         ins.extend([n.outs[1], dloss]);
-        let accumulator = g.accumulator(n.ins[1]);
-        ins.extend(accumulator);
-        let op = CrossEntropyBwd { accumulate: accumulator.is_some(), precision: self.precision };
-        let [dh, dw] = g.push(op, &ins);
-        let dw = if accumulator.is_some() { Grad::Into(dw) } else { Grad::To(dw) };
-        Ok(vec![Grad::To(dh), dw, Grad::Integer, stop()])
+        ins.extend(g.accumulator(n.ins[1]));
+        let sum = g.sum(n.ins[1]);
+        let [dh, dw] = g.push(CrossEntropyBwd { sum, precision: self.precision }, &ins);
+        Ok(vec![Grad::To(dh), sum.grad(dw), Grad::Integer, stop()])
     }
 }
 
@@ -169,7 +167,7 @@ impl Op for CrossEntropyBwd {
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         shapes(ins)?;
-        Ok(vec![ins[0], if self.accumulate { ins[6] } else { ins[1] }])
+        Ok(vec![ins[0], ins.get(6).copied().unwrap_or(ins[1])])
     }
 
     fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
@@ -188,7 +186,7 @@ impl Op for CrossEntropyBwd {
             let [h, w, lse] = [0, 1, 4].map(|i| T::read(&ins[i]));
             let (targets, dh, dw) = (ins[2].i32(), T::write(dh), T::write(dw));
             let scale = T::read(&ins[5])[0] * inverse(T::read(&ins[3])[0]);
-            if !self.accumulate {
+            if !self.sum.is_added() {
                 dw.fill(T::ZERO);
             }
             // Rows after the last one in use cost nothing.
@@ -228,16 +226,16 @@ impl Op for CrossEntropyBwd {
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        plain::backward(specs, ins)
+        plain::backward(specs, ins, self.sum)
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::backward(ins, outs, self.accumulate, on)
+        kernels::backward(ins, outs, self.sum.is_added(), on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.rows() as u64;
-        Cost { flops: 3 * product, bytes: traffic(ins, outs) }
+        Cost { flops: 3 * product, bytes: traffic(self.sum.read(ins, 1), outs) }
     }
 
     fn precision(&self, _: &[Spec]) -> Precision {
@@ -245,7 +243,7 @@ impl Op for CrossEntropyBwd {
     }
 
     fn memory(&self, out: usize) -> Memory {
-        if out == 1 && self.accumulate { Memory::InPlace { input: 6 } } else { Memory::Own }
+        if out == 1 { self.sum.memory(6) } else { Memory::Own }
     }
 }
 
@@ -373,7 +371,10 @@ pub(super) fn cases() -> Vec<Case> {
     cases.extend(large.map(|(r, c, v)| random(r, c, v)));
     let sums = [(7, 16, 24), (67, 8, 131), (130, 40, 64), (4099, 8, 8), (4111, 16, 11), (5, 8, 2051)];
     cases.extend(sums.map(|(r, c, v)| random(r, c, v).accumulating()));
+    let sums = [(7, 16, 24), (67, 8, 131), (4099, 8, 8), (4111, 16, 11)];
+    cases.extend(sums.map(|(r, c, v)| random(r, c, v).beginning()));
     let narrow = [(67, 8, 131), (4099, 8, 8), (130, 40, 64)];
+    cases.push(random(67, 8, 131).accumulating_in(DType::Bf16).beginning());
     cases.extend(narrow.map(|(r, c, v)| random(r, c, v).accumulating_in(DType::Bf16)));
     cases
 }

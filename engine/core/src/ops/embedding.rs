@@ -38,6 +38,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("one id", 1, 1, &[0]),
         case("several chunks", 262, 67, &text),
         case("accumulated", 11, 8, &[7, 7, -1, 0, 10, 11, 7]).accumulating(),
+        case("sums begin", 11, 8, &[7, 7, -1, 0, 10, 11, 7]).beginning(),
+        case("words, sums begin", 1009, 128, &words).beginning().large(),
         case("bytes, accumulated", 256, 264, &text).accumulating().large(),
         case("words, accumulated", 1009, 128, &words).accumulating().large(),
         case("sums in bf16", 11, 8, &[7, 7, -1, 0, 10, 11, 7]).accumulating_in(DType::Bf16),

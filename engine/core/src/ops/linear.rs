@@ -87,10 +87,10 @@ struct LinearDx {
     gated: bool,
 }
 
-/// `dw = dy^T x`, added to an accumulator where there is one.
+/// `dw = dy^T x`, in an accumulator where there is one.
 #[derive(Debug)]
 struct LinearDw {
-    accumulate: bool,
+    sum: Sum,
     precision: Precision,
 }
 
@@ -298,12 +298,9 @@ impl Op for Linear {
         };
         let precision = self.precision;
         // The weight's comes first, so that dx may lie where x did.
-        let dw = match g.accumulator(w) {
-            Some(sum) => {
-                Grad::Into(g.push::<1>(LinearDw { accumulate: true, precision }, &[dpre, x, sum])[0])
-            }
-            None => Grad::To(g.push::<1>(LinearDw { accumulate: false, precision }, &[dpre, x])[0]),
-        };
+        let sum = g.sum(w);
+        let ins: Vec<Tensor> = [dpre, x].into_iter().chain(g.accumulator(w)).collect();
+        let dw = sum.grad(g.push::<1>(LinearDw { sum, precision }, &ins)[0]);
         // A gradient of another shape or type than the result's goes the long way.
         let of_pre = LinearDx { precision, gated: true };
         let fits = |pre: &Tensor| of_pre.infer(&[dpre, w, *pre].map(|t| g.spec(t))).is_ok();
@@ -395,7 +392,7 @@ impl Op for LinearDw {
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         let (dy, x) = (ins[0], ins[1]);
         let dw = Spec::new([dy.shape.last(), x.shape.last()], x.dtype);
-        Ok(vec![if self.accumulate { ins[2] } else { dw }])
+        Ok(vec![ins.get(2).copied().unwrap_or(dw)])
     }
 
     fn workspace(&self, ins: &[Spec], _: &[Spec], threads: usize) -> Vec<usize> {
@@ -406,22 +403,22 @@ impl Op for LinearDw {
         real!(outs[0], T => {
             let (n, m, k) = (ins[0].shape.rows(), ins[0].shape.last(), ins[1].shape.last());
             let (dy, x) = (Mat::new(T::read(&ins[0]), n, m).t(), Mat::new(T::read(&ins[1]), n, k));
-            matmul(T::write(&mut outs[0]), dy, x, self.accumulate, self.precision, cpu);
+            matmul(T::write(&mut outs[0]), dy, x, self.sum.is_added(), self.precision, cpu);
         });
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        let alone = LinearDw { accumulate: false, precision: self.precision };
-        self.accumulate.then(|| agreement::then_added(alone, specs, ins, 0)).flatten()
+        let alone = LinearDw { sum: Sum::Apart, precision: self.precision };
+        agreement::then_summed(alone, self.sum, specs, ins, 0)
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
-        kernels::backward_weight(ins, outs, self.accumulate, on)
+        kernels::backward_weight(ins, outs, self.sum.is_added(), on)
     }
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let product = 2 * ins[0].shape.numel() as u64 * ins[1].shape.last() as u64;
-        Cost { flops: product, bytes: traffic(ins, outs) }
+        Cost { flops: product, bytes: traffic(self.sum.read(ins, 1), outs) }
     }
 
     fn precision(&self, ins: &[Spec]) -> Precision {
@@ -429,7 +426,7 @@ impl Op for LinearDw {
     }
 
     fn memory(&self, _: usize) -> Memory {
-        if self.accumulate { Memory::InPlace { input: 2 } } else { Memory::Own }
+        self.sum.memory(2)
     }
 }
 
@@ -496,6 +493,14 @@ pub(super) fn cases() -> Vec<Case> {
             .normal([133, 3]),
         plain(9, 16, 24).accumulating(),
         plain(9, 16, 24).accumulating_in(DType::Bf16),
+        plain(9, 16, 24).beginning(),
+        plain(9, 16, 24).accumulating_in(DType::Bf16).beginning(),
+        fused("bias, residual, sums begin", Activation::None)
+            .normal([5, 8])
+            .normal([16, 8])
+            .normal([16])
+            .normal([5, 16])
+            .beginning(),
         fused("bias, residual, sums in bf16", Activation::None)
             .normal([5, 8])
             .normal([16, 8])
@@ -507,6 +512,8 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(plain(2003, 256, 256).large());
     cases.push(plain(2003, 256, 256).accumulating().large());
     cases.push(plain(2003, 256, 256).accumulating_in(DType::Bf16).large());
+    cases.push(plain(2003, 256, 256).beginning().large());
+    cases.push(plain(67, 264, 136).beginning().large());
     // And these of an H200 with 8 SMs in each of its tiles.
     cases.push(plain(1531, 128, 128).large());
     cases.push(plain(1531, 136, 136).large());

@@ -17,7 +17,7 @@ struct QkNorm {
 struct QkNormBwd {
     heads: Heads,
     eps: f64,
-    accumulate: bool,
+    sum: Sum,
 }
 
 impl Graph {
@@ -78,13 +78,14 @@ impl Op for QkNorm {
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); 3]) };
         let (qkv, wq, wk) = (n.ins[0], n.ins[1], n.ins[2]);
-        let bwd = |accumulate| QkNormBwd { heads: self.heads, eps: self.eps, accumulate };
+        let bwd = |sum| QkNormBwd { heads: self.heads, eps: self.eps, sum };
+        let sum = g.sum(wq);
         Ok(match (g.accumulator(wq), g.accumulator(wk)) {
-            (Some(sum_q), Some(sum_k)) if sum_q != sum_k => {
-                let [dqkv, sum_q, sum_k] = g.push(bwd(true), &[qkv, wq, wk, dy, sum_q, sum_k]);
+            (Some(sum_q), Some(sum_k)) if sum_q != sum_k && sum == g.sum(wk) => {
+                let [dqkv, sum_q, sum_k] = g.push(bwd(sum), &[qkv, wq, wk, dy, sum_q, sum_k]);
                 vec![Grad::To(dqkv), Grad::Into(sum_q), Grad::Into(sum_k)]
             }
-            _ => g.push::<3>(bwd(false), &[qkv, wq, wk, dy]).map(Grad::To).to_vec(),
+            _ => g.push::<3>(bwd(Sum::Apart), &[qkv, wq, wk, dy]).map(Grad::To).to_vec(),
         })
     }
 }
@@ -166,7 +167,7 @@ impl Op for QkNormBwd {
             let [x, wq, wk, dy] = [0, 1, 2, 3].map(|i| T::read(&ins[i]));
             let (dx, dwq, dwk) = (T::write(dx), T::write(dwq), T::write(dwk));
             let chunk = chunk(rows, packed);
-            if !self.accumulate {
+            if !self.sum.is_added() {
                 dwq.fill(T::ZERO);
                 dwk.fill(T::ZERO);
             }
@@ -200,7 +201,7 @@ impl Op for QkNormBwd {
         let mut launches = vec![Launch::kernel(entry, [parts, 1, 1], lots::THREADS, shared, args)];
         for (i, dw) in outs[1..].iter().enumerate() {
             let entry = format!("qk_norm_bwd_sum_{}", lots::suffix(dw.dtype, dw.dtype)?);
-            let sizes = [parts, layout.width, self.accumulate.into()].map(Arg::U32);
+            let sizes = [parts, layout.width, self.sum.is_added().into()].map(Arg::U32);
             let args = [Arg::output(1 + i), Arg::scratch(i)].into_iter().chain(sizes).collect();
             launches.push(Launch::kernel(entry, [layout.width.div_ceil(32), 1, 1], lots::THREADS, 0, args));
         }
@@ -211,11 +212,11 @@ impl Op for QkNormBwd {
         let normed = ins[0].shape.rows() * self.heads.qk_columns();
         // Of the values only the gradient is read.
         let unread = ins[0].shape.rows() * self.heads.kv_columns() * ins[0].dtype.size();
-        Cost { flops: 13 * normed as u64, bytes: traffic(ins, outs) - unread as u64 }
+        Cost { flops: 13 * normed as u64, bytes: traffic(self.sum.read(ins, 2), outs) - unread as u64 }
     }
 
     fn memory(&self, out: usize) -> Memory {
-        if out > 0 && self.accumulate { Memory::InPlace { input: 3 + out } } else { Memory::Own }
+        if out > 0 { self.sum.memory(3 + out) } else { Memory::Own }
     }
 }
 
@@ -254,6 +255,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("7 rows of 3 + 1 heads".into(), 7, 3, 1, 5),
         case("several chunks".into(), 617, 2, 1, 34),
         case("accumulated".into(), 5, 3, 1, 8).accumulating(),
+        case("sums begin".into(), 5, 3, 1, 8).beginning(),
         case("sums in bf16".into(), 67, 3, 1, 8).accumulating_in(DType::Bf16),
     ];
     // Rows, query heads, key heads, width: every size of group, full and with idle lanes, and rows that wrap
@@ -295,7 +297,10 @@ pub(super) fn cases() -> Vec<Case> {
     let sums = [shapes[6], shapes[13], shapes[25], (1021, 3, 1, 16)];
     let sums =
         sums.map(|s| case(format!("{}, accumulated", name(s)), s.0, s.1, s.2, s.3).accumulating().large());
-    small.into_iter().chain(large).chain(sums).collect()
+    let begun = [shapes[13], (1021, 3, 1, 16)];
+    let begun =
+        begun.map(|s| case(format!("{}, sums begin", name(s)), s.0, s.1, s.2, s.3).beginning().large());
+    small.into_iter().chain(large).chain(sums).chain(begun).collect()
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ struct RmsNorm {
 #[derive(Debug)]
 struct RmsNormBwd {
     arrived: bool,
-    accumulate: bool,
+    sum: Sum,
 }
 
 impl RmsNormBwd {
@@ -23,7 +23,7 @@ impl RmsNormBwd {
     }
 
     fn sum_at(&self) -> Option<usize> {
-        self.accumulate.then_some(4 + usize::from(self.arrived))
+        (self.sum != Sum::Apart).then_some(4 + usize::from(self.arrived))
     }
 }
 
@@ -95,11 +95,11 @@ impl Op for RmsNorm {
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("rstd is no result"); 2]) };
         let (x, w, r) = (n.ins[0], n.ins[1], n.outs[1]);
-        let (arrived, sum) = (g.take_arrived(x), g.accumulator(w));
-        let op = RmsNormBwd { arrived: arrived.is_some(), accumulate: sum.is_some() };
-        let ins: Vec<Tensor> = [x, w, r, dy].into_iter().chain(arrived).chain(sum).collect();
+        let (arrived, sum) = (g.take_arrived(x), g.sum(w));
+        let op = RmsNormBwd { arrived: arrived.is_some(), sum };
+        let ins: Vec<Tensor> = [x, w, r, dy].into_iter().chain(arrived).chain(g.accumulator(w)).collect();
         let [dx, dw] = g.push(op, &ins);
-        Ok(vec![Grad::To(dx), if sum.is_some() { Grad::Into(dw) } else { Grad::To(dw) }])
+        Ok(vec![Grad::To(dx), sum.grad(dw)])
     }
 }
 
@@ -133,7 +133,7 @@ impl Op for RmsNormBwd {
             let arrived = self.arrived_at().map(|i| T::read(&ins[i]));
             let (dx, dw) = (T::write(dx), T::write(dw));
             let chunk = chunk(r.len(), width);
-            if !self.accumulate {
+            if !self.sum.is_added() {
                 dw.fill(T::ZERO);
             }
             // Each chunk sums its own dw; the sums are added in the order of the chunks.
@@ -156,8 +156,8 @@ impl Op for RmsNormBwd {
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        let alone = RmsNormBwd { accumulate: false, ..*self };
-        self.accumulate.then(|| agreement::then_added(alone, specs, ins, 1)).flatten()
+        let alone = RmsNormBwd { sum: Sum::Apart, ..*self };
+        agreement::then_summed(alone, self.sum, specs, ins, 1)
     }
 
     fn kernels(&self, ins: &[Spec], outs: &[Spec], on: &Target) -> Result<Kernels, String> {
@@ -166,12 +166,13 @@ impl Op for RmsNormBwd {
 
     fn cost(&self, ins: &[Spec], outs: &[Spec]) -> Cost {
         let each = 11 + u64::from(self.arrived);
-        Cost { flops: each * outs[0].shape.numel() as u64, bytes: traffic(ins, outs) }
+        let read = self.sum.read(ins, 1);
+        Cost { flops: each * outs[0].shape.numel() as u64, bytes: traffic(read, outs) }
     }
 
     fn memory(&self, out: usize) -> Memory {
         match self.sum_at() {
-            Some(input) if out == 1 => Memory::InPlace { input },
+            Some(input) if out == 1 => self.sum.memory(input),
             _ => Memory::Own,
         }
     }
@@ -244,8 +245,17 @@ pub(super) fn cases() -> Vec<Case> {
     let arrived = [(31, 40), (17, 248), (13, 520), (29, 1024), (11, 1032), (3, 4096), (2, 4104), (4513, 8)];
     let arrived = arrived.map(|(n, c)| residual(n, c, true).accumulating().large());
     let sums = [(37, 40), (301, 1024), (5, 1032)].map(|(n, c)| case(n, c).accumulating().large());
+    let begun = [(9, 8), (301, 1024), (5, 1032)].map(|(n, c)| case(n, c).beginning().large());
+    let begun = begun.into_iter().chain([residual(31, 40, true).beginning(), case(7, 13).beginning()]);
     let narrow = [case(9, 8), case(301, 1024).large(), case(5, 1032).large()];
     let narrow = narrow.map(|case| case.accumulating_in(DType::Bf16));
     let small = small.into_iter().map(|(n, c)| case(n, c));
-    small.chain(large).chain(shared.into_iter().flatten()).chain(arrived).chain(sums).chain(narrow).collect()
+    small
+        .chain(large)
+        .chain(shared.into_iter().flatten())
+        .chain(arrived)
+        .chain(sums)
+        .chain(begun)
+        .chain(narrow)
+        .collect()
 }

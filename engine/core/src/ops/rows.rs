@@ -10,7 +10,7 @@ struct GatherRows;
 #[derive(Debug)]
 struct GatherRowsBwd {
     x: Spec,
-    accumulate: bool,
+    sum: Sum,
 }
 
 #[derive(Debug)]
@@ -99,11 +99,10 @@ impl Op for GatherRows {
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); 2]) };
         let (x, index) = (g.spec(n.ins[0]), n.ins[1]);
-        let dx = match g.accumulator(n.ins[0]) {
-            Some(sum) => Grad::Into(g.push::<1>(GatherRowsBwd { x, accumulate: true }, &[dy, index, sum])[0]),
-            None => Grad::To(g.push::<1>(GatherRowsBwd { x, accumulate: false }, &[dy, index])[0]),
-        };
-        Ok(vec![dx, Grad::Integer])
+        let sum = g.sum(n.ins[0]);
+        let ins: Vec<Tensor> = [dy, index].into_iter().chain(g.accumulator(n.ins[0])).collect();
+        let [dx] = g.push(GatherRowsBwd { x, sum }, &ins);
+        Ok(vec![sum.grad(dx), Grad::Integer])
     }
 }
 
@@ -114,14 +113,14 @@ impl Op for GatherRowsBwd {
 
     fn infer(&self, ins: &[Spec]) -> Result<Vec<Spec>, String> {
         let dtype = if ins[0].dtype == DType::F64 { DType::F64 } else { self.x.dtype };
-        Ok(vec![if self.accumulate { ins[2] } else { Spec { dtype, ..self.x } }])
+        Ok(vec![ins.get(2).copied().unwrap_or(Spec { dtype, ..self.x })])
     }
 
     fn eval(&self, ins: &[In<'_>], outs: &mut [Out<'_>], _: &Cpu) {
         real!(outs[0], T => {
             let width = ins[0].shape.last();
             let (dy, index, dx) = (T::read(&ins[0]), ins[1].i32(), T::write(&mut outs[0]));
-            if !self.accumulate {
+            if !self.sum.is_added() {
                 dx.fill(T::ZERO);
             }
             for_named(dx, width, index, #[inline(always)] |dx, r| axpy(dx, T::ONE, &dy[r * width..][..width]));
@@ -140,7 +139,8 @@ impl Op for GatherRowsBwd {
         let grid = [rows.div_ceil(lots::THREADS), 1, 1];
         let sort = Launch::kernel("gather_rows_bwd_sort_i32", grid, lots::THREADS, 0, args);
         let operands = [Arg::output(0), Arg::input(0), Arg::scratch(0), Arg::scratch(1)];
-        let args = operands.into_iter().chain([rows, width, self.accumulate.into()].map(Arg::U32)).collect();
+        let args =
+            operands.into_iter().chain([rows, width, self.sum.is_added().into()].map(Arg::U32)).collect();
         let lot = lots::lot(&[dy.dtype, dx.dtype]);
         let lot = if width.is_multiple_of(lot) { lot } else { 1 };
         let grid = [rows.div_ceil(lots::WARPS), width.div_ceil(32 * lot), 1];
@@ -156,12 +156,12 @@ impl Op for GatherRowsBwd {
         let (dy, dx) = (ins[0], outs[0]);
         // Sums are read and written once, however many rows of dy meet in them.
         let met = dy.shape.numel().min(dx.shape.numel()) * dx.dtype.size();
-        let sums = if self.accumulate { 2 * met } else { dx.bytes() };
+        let sums = if self.sum.is_added() { 2 * met } else { dx.bytes() };
         Cost { flops: dy.shape.numel() as u64, bytes: (dy.bytes() + ins[1].bytes() + sums) as u64 }
     }
 
     fn memory(&self, _: usize) -> Memory {
-        if self.accumulate { Memory::InPlace { input: 2 } } else { Memory::Own }
+        self.sum.memory(2)
     }
 }
 
@@ -330,9 +330,13 @@ pub(super) fn cases() -> Vec<Case> {
         let index: Vec<i32> = (0..r).map(|i| i * i % (n + 1) - 1).collect();
         gather(format!("{r} of {n}x{c}, accumulated"), n as usize, c, &index).accumulating().large()
     });
+    let begun = [(37, 136, 301), (300, 41, 777)].map(|(n, c, r)| {
+        let index: Vec<i32> = (0..r).map(|i| i * i % (n + 1) - 1).collect();
+        gather(format!("{r} of {n}x{c}, sums begin"), n as usize, c, &index).beginning().large()
+    });
     let narrow: Vec<i32> = (0..301).map(|i| i * i % 38 - 1).collect();
     let narrow = gather("sums in bf16".into(), 37, 136, &narrow).accumulating_in(DType::Bf16);
-    small.into_iter().chain(large).chain(sums).chain([narrow]).collect()
+    small.into_iter().chain(large).chain(sums).chain(begun).chain([narrow]).collect()
 }
 
 #[cfg(test)]

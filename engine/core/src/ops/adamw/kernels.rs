@@ -49,14 +49,14 @@ pub(super) fn adamw(h: &AdamW, states: usize, ins: &[Spec], on: &Target) -> Resu
     let (all, others) = ins.split_at(numbers);
     singles("schedule and scale", others)?;
     let types = |own: &[Spec]| own.iter().map(|s| s.dtype).collect::<Vec<_>>();
-    let first = &all[..states];
-    if let Some(own) = all.chunks(states).find(|own| types(own) != types(first)) {
+    let (each, first) = (states + 1, &all[..states + 1]);
+    if let Some(own) = all.chunks(each).find(|own| types(own) != types(first)) {
         return Err(format!("{own:?} and {first:?} differ in types; move them one after the other"));
     }
-    singles("master copies", &first[4..])?;
+    singles("master copies", &first[3..states])?;
     let narrow = |s: Spec, name| Ok::<_, String>(if stored(s)? == "bf16" { name } else { "" });
-    let (moments, grad) = (narrow(first[1], "moments_")?, narrow(first[3], "grad_")?);
-    let master = if states == 5 { "master_" } else { "" };
+    let (moments, grad) = (narrow(first[1], "moments_")?, narrow(first[states], "grad_")?);
+    let master = if states == 4 { "master_" } else { "" };
     let param = stored(first[0])?;
     if !(moments.is_empty() && grad.is_empty()) && (master.is_empty() || param != "bf16") {
         return Err("moments and gradients in bf16 are those of bf16 weights with master copies; \
@@ -66,16 +66,17 @@ pub(super) fn adamw(h: &AdamW, states: usize, ins: &[Spec], on: &Target) -> Resu
     let entry = format!("adamw_step_{master}{moments}{grad}{param}");
     let row = |(i, own): (usize, &[Spec])| {
         let outs = (0..states).map(|o| Arg::output(i * states + o));
-        let absent = (states == 4).then_some(Arg::U64(0));
+        let absent = (states == 3).then_some(Arg::U64(0));
         let count = size(own[0].shape.numel())?;
-        Ok::<_, String>(outs.chain(absent).chain([Arg::U64(count.into())]).collect::<Vec<_>>())
+        let rest = [Arg::input(i * each + states), Arg::U64(count.into())];
+        Ok::<_, String>(outs.chain(absent).chain(rest).collect::<Vec<_>>())
     };
-    let rows = all.chunks(states).enumerate().map(row).collect::<Result<Vec<_>, _>>()?;
+    let rows = all.chunks(each).enumerate().map(row).collect::<Result<Vec<_>, _>>()?;
     let tensors = rows.len() as u32;
     let mut args = vec![Arg::Table(rows.concat()), Arg::input(numbers), Arg::input(numbers + 1)];
     args.push(Arg::U32(tensors));
     args.extend([h.beta1, h.beta2, h.eps, h.weight_decay].map(|x| Arg::F32(x as f32)));
-    Ok(only(launch(entry, blocks(count(all.iter().step_by(states)), SPAN, on), args)))
+    Ok(only(launch(entry, blocks(count(all.iter().step_by(each)), SPAN, on), args)))
 }
 
 pub(super) fn sum_squares(ins: &[Spec], on: &Target) -> Result<Kernels, String> {
@@ -143,16 +144,16 @@ mod tests {
         let (p, f) = (Spec::new([3, 1000], DType::Bf16), Spec::new([3, 1000], DType::F32));
         let (schedule, scale) = (Spec::new([3], DType::F32), Spec::new([1], DType::F32));
         let on = Target::H200;
-        let k = adamw(&h, 5, &[p, f, f, f, f, schedule, scale], &on).unwrap();
+        let k = adamw(&h, 4, &[p, f, f, f, f, schedule, scale], &on).unwrap();
         assert_eq!(one(&k), ("adamw_step_master_bf16", 3, 8));
-        let k = adamw(&h, 4, &[f, f, f, f, schedule, scale], &on).unwrap();
+        let k = adamw(&h, 3, &[f, f, f, f, schedule, scale], &on).unwrap();
         assert_eq!(one(&k), ("adamw_step_f32", 3, 8));
         let large = Spec::new([1 << 25], DType::F32);
         let k = ema(&[large, large, scale, scale], 1, &on).unwrap();
         assert_eq!(one(&k), ("ema_update_f32", 132 * 4, 4));
-        let why = adamw(&h, 4, &[p, p, f, f, schedule, scale], &on).unwrap_err();
+        let why = adamw(&h, 3, &[p, p, f, f, schedule, scale], &on).unwrap_err();
         assert!(why.contains("f32"), "{why}");
-        let why = adamw(&h, 4, &[f, f, f, f, p, f, f, f, schedule, scale], &on).unwrap_err();
+        let why = adamw(&h, 3, &[f, f, f, f, p, f, f, f, schedule, scale], &on).unwrap_err();
         assert!(why.contains("differ in types"), "{why}");
     }
 
@@ -162,11 +163,13 @@ mod tests {
         let (a, b) = (Spec::new([300], DType::F32), Spec::new([3000], DType::F32));
         let (schedule, scale) = (Spec::new([3], DType::F32), Spec::new([1], DType::F32));
         let on = Target::H200;
-        let k = adamw(&h, 4, &[a, a, a, a, b, b, b, b, schedule, scale], &on).unwrap();
+        let k = adamw(&h, 3, &[a, a, a, a, b, b, b, b, schedule, scale], &on).unwrap();
         let [Launch::Kernel { grid, args, .. }] = &k.launches[..] else { panic!("{k:?}") };
-        let row =
-            |from: usize, count| (from..from + 4).map(Arg::output).chain([Arg::U64(0), Arg::U64(count)]);
-        let rows = row(0, 300).chain(row(4, 3000)).collect();
+        let row = |i: usize, count| {
+            let outs = (3 * i..3 * i + 3).map(Arg::output);
+            outs.chain([Arg::U64(0), Arg::input(4 * i + 3), Arg::U64(count)])
+        };
+        let rows = row(0, 300).chain(row(1, 3000)).collect();
         assert_eq!(
             (grid[0], &args[..4]),
             (4, &[Arg::Table(rows), Arg::input(8), Arg::input(9), Arg::U32(2)][..])

@@ -1,7 +1,10 @@
 //! Cross entropy as implementations leave it that store logits and their gradient in bf16, or their gradient alone. What
 //! the tolerance law measures the kernels by.
 use super::{inverse, used};
-use crate::tensor::{DType, Host, Spec};
+use crate::{
+    op::Sum,
+    tensor::{DType, Host, Spec},
+};
 use half::bf16;
 
 /// What storing does to a number.
@@ -87,7 +90,7 @@ pub(super) fn forward(specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
 }
 
 /// `dh` and `dw`, of `h`, `w`, `targets`, `count`, `lse`, `dloss` and, where there is one, the accumulator.
-pub(super) fn backward(specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
+pub(super) fn backward(specs: &[Spec], ins: &[Host], how: Sum) -> Option<Vec<Host>> {
     let o = Operands::new(specs, ins)?;
     let (lse, scale) = (floats(&ins[4]), floats(&ins[5])[0] * o.inverse);
     // Either may be near to the truth by chance, and is held against the other's chance: of each number, the one that is
@@ -100,7 +103,7 @@ pub(super) fn backward(specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
         let farther = |((a, b), x): ((&f32, &f32), &f32)| if (a - x).abs() > (b - x).abs() { *a } else { *b };
         each.map(farther).collect::<Vec<f32>>()
     });
-    if let Some(sum) = ins.get(6) {
+    if let Some(sum) = ins.get(6).filter(|_| how.is_added()) {
         axpy(&mut dw, 1.0, &floats(sum));
     }
     let dtype = specs.get(6).map_or(specs[1].dtype, |s| s.dtype);

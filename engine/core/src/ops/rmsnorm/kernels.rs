@@ -90,7 +90,7 @@ pub(super) fn backward(op: &RmsNormBwd, ins: &[Spec], outs: &[Spec], on: &Target
     ];
     let entry = format!("rmsnorm_bwd_{}", rows.suffix);
     let rows_pass = Launch::kernel(entry, [parts, 1, 1], THREADS, shared, args);
-    let args = vec![Arg::output(1), Arg::scratch(0), count, width, Arg::U32(op.accumulate.into())];
+    let args = vec![Arg::output(1), Arg::scratch(0), count, width, Arg::U32(op.sum.is_added().into())];
     let entry = format!("rmsnorm_bwd_sum_{}", dw.name());
     let sum_pass = Launch::kernel(entry, [rows.width.div_ceil(32), 1, 1], THREADS, 0, args);
     Ok(Kernels { scratch: vec![parts as usize * row_bytes as usize], launches: vec![rows_pass, sum_pass] })
@@ -130,7 +130,7 @@ mod tests {
         let [x, w] = specs(100, 768, DType::Bf16);
         let r = Spec::new([100], DType::F32);
         let sum = Spec::new([768], DType::F32);
-        let op = RmsNormBwd { arrived: false, accumulate: true };
+        let op = RmsNormBwd { arrived: false, sum: Sum::Added };
         let k = backward(&op, &[x, w, r, x, sum], &[x, sum], &Target::H200).unwrap();
         assert_eq!(k.scratch, [13 * 768 * 4]);
         assert_eq!(
