@@ -543,11 +543,9 @@ impl<'c> Builder<'c> {
                 let qkv = self.g.reshape(qkv.tensor(), [e.rows, e.positions, packed]);
                 let (q, kv) = (heads.heads * heads.width, heads.kv_heads * heads.width);
                 let shape = [e.slots, e.capacity, kv];
-                let mut cache = |what, at| {
-                    let cache = self.g.state(Kind::Cache, &layer(i, what), shape, self.dtype);
-                    self.g.cache_append(cache, qkv, slots, positions, at)
-                };
-                let (k, v) = (cache("k", q), cache("v", q + kv));
+                let caches =
+                    ["k", "v"].map(|what| self.g.state(Kind::Cache, &layer(i, what), shape, self.dtype));
+                let [k, v] = self.g.cache_append(caches, qkv, slots, positions, q);
                 self.g.attention_cached(qkv, k, v, slots, row_start, row_end, heads)
             }
         };
