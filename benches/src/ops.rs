@@ -30,12 +30,12 @@ use transfusion_core::{
     agreement::{self, Application, Walk},
     cases::Case,
     device::{Device, Place, PlanId},
-    graph::{Graph, Node},
+    graph::{self, Graph, Node, Role},
     launch::Cost,
     op::{Kind, Memory, Op},
     ops::Epilogue,
     plan::{self, Plan},
-    tensor::{DType, Host, Spec, View},
+    tensor::{DType, Host, Spec, Tensor, View},
 };
 
 /// Layers of the model that numbers are taken from: a first one and a last one, between which all others are like
@@ -60,15 +60,15 @@ fn key(op: &dyn Op, specs: &[Spec]) -> String {
     format!("{op:?} {specs:?}")
 }
 
-/// Every distinct op of a program with how often it occurs, in order of first occurrence.
-fn counts(g: &Graph) -> Result<Vec<(String, u64)>> {
-    let mut all: Vec<(String, u64)> = Vec::new();
+/// Every distinct op of a program, where it occurs first, and how often it does, in order of first occurrence.
+fn counts(g: &Graph) -> Result<Vec<(String, &Node, u64)>> {
+    let mut all: Vec<(String, &Node, u64)> = Vec::new();
     for node in plan::steps(g)?.into_iter().filter(|n| !is_view(n)) {
         let specs: Vec<Spec> = node.ins.iter().map(|&t| g.spec(t)).collect();
         let key = key(node.op.as_ref(), &specs);
-        match all.iter_mut().find(|(k, _)| *k == key) {
-            Some((_, n)) => *n += 1,
-            None => all.push((key, 1)),
+        match all.iter_mut().find(|(k, ..)| *k == key) {
+            Some((.., n)) => *n += 1,
+            None => all.push((key, node, 1)),
         }
     }
     Ok(all)
@@ -93,27 +93,72 @@ pub fn distinct(config: &RunConfig, packing: Packing) -> Result<Vec<Distinct>> {
     let named = programs::training(config).into_iter().chain(sampled);
     let mut all = Vec::new();
     for (named, scene) in named.zip(scenes) {
-        let wanted = counts(&named.program.graph(&config.model)?)?;
-        all.extend(met(named.name, scene, wanted)?);
+        all.extend(met(named.name, scene, &named.program.graph(&config.model)?)?);
     }
     Ok(all)
 }
 
-/// The ops of a program, with the numbers that they meet in a scene of it.
-fn met(program: &'static str, scene: Scene, wanted: Vec<(String, u64)>) -> Result<Vec<Distinct>> {
+/// The ops of a program `g`, with the numbers that they meet in a scene of it, which has fewer layers.
+fn met(program: &'static str, scene: Scene, g: &Graph) -> Result<Vec<Distinct>> {
     let mut cpu = agreement::cpu(1)?;
+    let (wanted, there) = (counts(g)?, counts(&scene.graph)?);
+    let mut across = HashMap::new();
+    for (key, node, _) in wanted.iter().filter(|(key, ..)| there.iter().all(|(k, ..)| k != key)) {
+        let none = || Error::peer(format!("{program}: a model of {LAYERS} layers has no {key}"));
+        across.insert(key.clone(), over_layers(g, node, &scene).ok_or_else(none)?);
+    }
     let mut walk = Walk::new(&scene.graph, plan::steps(&scene.graph)?, scene.given);
     let mut found: HashMap<String, Application> = HashMap::new();
     while let Some(application) = walk.step(&mut cpu)? {
         found.entry(key(application.op.as_ref(), &application.specs)).or_insert(application);
     }
-    let each = wanted.into_iter().map(|(key, count)| {
-        let application = found.remove(&key);
-        let application = application
-            .ok_or_else(|| Error::peer(format!("{program}: a model of {LAYERS} layers has no {key}")))?;
-        Ok(Distinct { program, count, application })
+    let each = wanted.into_iter().filter_map(|(key, _, count)| {
+        let application = found.remove(&key).or_else(|| across.remove(&key))?;
+        Some(Distinct { program, count, application })
     });
-    each.collect()
+    Ok(each.collect())
+}
+
+/// An op over states of more layers than a scene has: those of another layer stand in for them, and ones for numbers
+/// that are computed. `None` if it reads anything else.
+fn over_layers(g: &Graph, node: &Node, scene: &Scene) -> Option<Application> {
+    let sources: HashMap<Tensor, &graph::Value> = g.sources().collect();
+    let given: HashMap<(Role, &str), &Host> = scene
+        .graph
+        .sources()
+        .filter_map(|(t, v)| Some(((v.role, v.name.as_str()), scene.given.get(&t)?)))
+        .collect();
+    let number = |t: Tensor| {
+        let spec = g.spec(t);
+        match sources.get(&state_of(g, t)) {
+            Some(v) => given.get(&(v.role, in_scene(&v.name).as_str())).map(|host| (*host).clone()),
+            None => (spec.shape.numel() == 1).then(|| Host::from_f64(spec.dtype, [1.0])),
+        }
+    };
+    let ins = node.ins.iter().map(|&t| number(t)).collect::<Option<Vec<Host>>>()?;
+    let specs = node.ins.iter().map(|&t| g.spec(t)).collect();
+    Some(Application { op: node.op.clone(), specs, ins })
+}
+
+/// The state of which a tensor is a version.
+fn state_of(g: &Graph, t: Tensor) -> Tensor {
+    let made = |n: &&Node| n.outs.contains(&t);
+    let replaced = g.nodes().iter().find(made).and_then(|n| {
+        let o = n.outs.iter().position(|out| *out == t)?;
+        n.op.memory(o).replaced().map(|i| n.ins[i])
+    });
+    replaced.map_or(t, |before| state_of(g, before))
+}
+
+/// What a weight's name, or that of its states, is in a model of [`LAYERS`] layers.
+fn in_scene(name: &str) -> String {
+    let layer = |rest: &str| rest.split('.').next().and_then(|i| i.parse::<usize>().ok());
+    match name.split_once("layers.").and_then(|(head, rest)| Some((head, rest, layer(rest)?))) {
+        Some((head, rest, i)) => {
+            format!("{head}layers.{}{}", i % LAYERS, rest.trim_start_matches(char::is_numeric))
+        }
+        None => name.into(),
+    }
 }
 
 /// Ops that belong together, measured in a few minutes.
