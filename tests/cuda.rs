@@ -397,6 +397,16 @@ fn devices_are_independent_and_may_move_between_threads() {
 }
 
 #[test]
+fn launches_are_made_for_as_many_multiprocessors_as_asked_for() {
+    if on_healthy("launches_are_made_for_as_many_multiprocessors_as_asked_for", &[]).is_some() {
+        return;
+    }
+    let made_for = |sms| CudaDevice::new(CudaOptions { sms, ..options() }).unwrap().target().unwrap().sms;
+    let own = made_for(None);
+    assert_eq!([Some(2), Some(100_000), Some(0)].map(made_for), [2, own, 1]);
+}
+
+#[test]
 fn a_plan_for_the_cpu_is_refused() {
     if on_healthy("a_plan_for_the_cpu_is_refused", &[]).is_some() {
         return;

@@ -415,7 +415,7 @@ pub fn times(op: &str, ordinal: usize) -> Result<String, Error> {
     all.push((format!("{op}.cu"), a, vec![]));
     let mut text = String::new();
     for (name, a, kernels) in all {
-        let mut gpu = CudaDevice::new(CudaOptions { ordinal, kernels })?;
+        let mut gpu = CudaDevice::new(CudaOptions { ordinal, kernels, ..CudaOptions::default() })?;
         let id = a.open(&mut gpu)?;
         // The first launches load code and raise clocks.
         let runs = (0..23).map(|_| Ok(gpu.profile(id)?.iter().sum()));

@@ -69,6 +69,8 @@ training() {
 check doctor 30 "$bin" doctor
 [ "$device" != sim ] && grep -q 'missing: no CUDA device' "$out/doctor.log" && { cat "$out/doctor.log"; exit 1; }
 check cases 150 "$bin" kernels check --device "$device"
+# Launches for two SMs take the large tiles, which small cases do not fill a whole machine with.
+check cases-large 90 "$bin" kernels check linear attention cross_entropy --device "$device" --sms 2 --float bf16
 training
 if [ "$device" != sim ] && command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck synccheck initcheck; do

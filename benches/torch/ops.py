@@ -59,6 +59,15 @@ PRODUCTS = ("linear", "linear_dx", "linear_dw", "cross_entropy", "cross_entropy_
 @peer("eager")
 def linear(s, t):
     bias = t[2] if s.bias == "true" else None
+    if s.rotary == "Some":
+        by, w = rotation(s, t[-1], 1.0), in_halves(t[1].t(), s).t().contiguous()
+        bias = None if bias is None else in_halves(bias, s)
+
+        def turning(x):
+            q, k, v = split(F.linear(x, w, bias), s)
+            return rotate(q, by), rotate(k, by), v
+
+        return Task(lambda: turning(t[0]), lambda y: {0: torch.cat([zipped(y[0]), zipped(y[1]), y[2]], -2).flatten(-2)})
     residual = t[-1] if s.residual == "true" else None
     if s.activation == "SwiGlu":
         w = halves(t[1])
@@ -128,6 +137,12 @@ def split(qkv, s):
     return [y.unflatten(-1, (-1, d)) for y in qkv.split([heads * d, kv * d, kv * d], -1)]
 
 
+def in_halves(qkv, s):
+    """Packed rows whose q and k heads have first ones of pairs, then second ones."""
+    q, k, v = split(qkv, s)
+    return torch.cat([unzip(q), unzip(k), v], -2).flatten(-2)
+
+
 @peer(*ROWS)
 def qk_norm(s, t):
     q, k, v = split(t[0], s)
@@ -147,16 +162,19 @@ def qk_norm_bwd(s, t):
     return gradient(norm, [q, k, t[1], t[2]], (dq, dk), outs)
 
 
+def rotation(s, positions, sign):
+    """Cosines and sines of the pairs of every row, those of every layer of a step; rows that are unused do not turn."""
+    half = int(s.width) // 2
+    pace = float(s.theta) ** (-torch.arange(half, device=positions.device).double() / half)
+    angle = positions.clamp(min=0).double()[:, None] * pace
+    return angle.cos().float()[:, None], sign * angle.sin().float()[:, None]
+
+
 def rope_by(s, t, sign):
     q, k, v = split(t[0], s)
-    half = int(s.width) // 2
-    angle = t[1].double()[:, None] * float(s.theta) ** (-torch.arange(half, device=v.device).double() / half)
-    # Angles are those of every layer of a step: computed once, before.
-    rotation = angle.cos().float()[:, None], sign * angle.sin().float()[:, None]
-    q, k, still = unzip(q), unzip(k), (t[1] < 0)[:, None, None]
-    put = lambda y, x: torch.where(still, zipped(x), zipped(y))
-    outs = lambda y: {0: torch.cat([put(y[0], q), put(y[1], k), v], -2).flatten(-2)}
-    return Task(lambda: (rotate(q, rotation), rotate(k, rotation)), outs)
+    by, q, k = rotation(s, t[1], sign), unzip(q), unzip(k)
+    outs = lambda y: {0: torch.cat([zipped(y[0]), zipped(y[1]), v], -2).flatten(-2)}
+    return Task(lambda: (rotate(q, by), rotate(k, by)), outs)
 
 
 @peer(*ROWS)
@@ -392,11 +410,19 @@ def attention(s, t):
 @peer()
 def attention_bwd(s, t):
     q, k, v, start, end, empty = operands(s, t)
-    do = t[-1].unflatten(-1, (-1, int(s.width))).transpose(1, 2) * ~empty[:, None, :, None]
-    all_ways, _ = ways(q, k, v, start, end, s.heads != s.kv_heads)
     if s.cached == "true":
         raise NotImplementedError("nothing trains over a cache")
-    outs = lambda g: {0: torch.cat([x.transpose(1, 2) for x in g], 2).flatten(-2)}
+    do = t[5].unflatten(-1, (-1, int(s.width))).transpose(1, 2) * ~empty[:, None, :, None]
+    all_ways, _ = ways(q, k, v, start, end, s.heads != s.kv_heads)
+
+    def outs(g):
+        dq, dk, dv = (x.transpose(1, 2) for x in g)
+        if s.rope == "Some":
+            # The engine turns heads back within its time, this behind the clock.
+            by = tuple(x.view(*dq.shape[:2], 1, -1) for x in rotation(s, t[6], -1.0))
+            dq, dk = (zipped(rotate(unzip(x), by)) for x in (dq, dk))
+        return {0: torch.cat([dq, dk, dv], 2).flatten(-2)}
+
     return gradient(all_ways[s.variant], [q, k, v], do, outs)
 
 

@@ -866,7 +866,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
     mutant("attention_wgmma_bwd", "attention_wgmma_bwd.cu", "attention_wgmma_bwd: one pass, dq not scaled",
         "(dq[0][j][e] + 0.0f) * scale", "dq[0][j][e] + 0.0f"),
     mutant("attention_wgmma_bwd", "attention_wgmma_bwd.cu", "attention_wgmma_bwd: dq in two passes, keys in another order",
-        "return all.begin / OWN * OWN + t * PASSING; }", "return all.begin / PASSING * PASSING + t * PASSING; }"),
+        "return all.begin / OWN * OWN + t * PASSING; }", "return all.begin / PASSING * PASSING + t * PASSING; }")
+        .harmless("within the tolerance; tests/kernels.rs holds one pass and two to the same bits, which fails"),
 
     // ---- The others
     mutant("adamw", "adamw.cu", "adamw: the gradient is not scaled",

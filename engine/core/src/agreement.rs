@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     graph::{Graph, Node, Role},
     launch::{Cost, Target},
-    op::{Kind, Memory, Op, Sum},
+    op::{Accumulation, Kind, Memory, Op},
     plan::Plan,
     tensor::{DType, Host, Spec, Tensor},
 };
@@ -307,12 +307,12 @@ pub fn stored(op: impl Op + 'static, specs: &[Spec], ins: &[Host]) -> Option<Vec
 /// f32, or stored there: an op that accumulates, unfused. `None` unless it does, and the operands are bf16.
 pub fn then_summed(
     op: impl Op + 'static,
-    how: Sum,
+    how: Accumulation,
     specs: &[Spec],
     ins: &[Host],
     result: usize,
 ) -> Option<Vec<Host>> {
-    if how == Sum::Apart {
+    if how == Accumulation::Apart {
         return None;
     }
     let ((sum_spec, specs), (sum, ins)) = (specs.split_last()?, ins.split_last()?);

@@ -2,7 +2,7 @@
 use crate::{
     cpu::Precision,
     error::{Error, Result},
-    op::{Grad, Kind, Memory, Op, Sum},
+    op::{Accumulation, Grad, Kind, Memory, Op},
     tensor::{DType, Shape, Spec, Tensor},
 };
 use std::{collections::HashMap, panic::Location, sync::Arc};
@@ -208,19 +208,23 @@ impl Graph {
     }
 
     /// What becomes of the gradient of `t` that an op gives now.
-    pub fn sum(&self, t: Tensor) -> Sum {
+    pub fn accumulation(&self, t: Tensor) -> Accumulation {
         match self.accumulator(t) {
-            None => Sum::Apart,
+            None => Accumulation::Apart,
             // What has the role of a state is what the program found there.
-            Some(sum) if self.begins && self.values[sum.index()].role != Role::Temp => Sum::Begun,
-            Some(_) => Sum::Added,
+            Some(sum) if self.begins && self.values[sum.index()].role != Role::Temp => Accumulation::Begun,
+            Some(_) => Accumulation::Added,
         }
     }
 
     /// The new version of the accumulator `sum` of `t`, with `delta` in it.
     #[track_caller]
     pub(crate) fn summed(&mut self, t: Tensor, sum: Tensor, delta: Tensor) -> Tensor {
-        if self.sum(t) == Sum::Begun { self.store_into(sum, delta) } else { self.add_into(sum, delta) }
+        if self.accumulation(t) == Accumulation::Begun {
+            self.store_into(sum, delta)
+        } else {
+            self.add_into(sum, delta)
+        }
     }
 
     /// What has arrived so far of the gradient of input `t`, if it has the shape and the type of `t`, while a backward

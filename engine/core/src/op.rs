@@ -64,7 +64,7 @@ impl Memory {
 
 /// What an op does with the gradient of one of its inputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sum {
+pub enum Accumulation {
     /// It is a tensor of its own.
     Apart,
     /// The input has an accumulator, and this is the first gradient there: it is stored over what was before.
@@ -73,29 +73,29 @@ pub enum Sum {
     Added,
 }
 
-impl Sum {
+impl Accumulation {
     /// Whether it is added to what is there.
     pub fn is_added(self) -> bool {
-        self == Sum::Added
+        self == Accumulation::Added
     }
 
     /// Where it lives, if `input` is the accumulator.
     pub fn memory(self, input: usize) -> Memory {
         match self {
-            Sum::Apart => Memory::Own,
-            Sum::Begun => Memory::Over { input },
-            Sum::Added => Memory::InPlace { input },
+            Accumulation::Apart => Memory::Own,
+            Accumulation::Begun => Memory::Over { input },
+            Accumulation::Added => Memory::InPlace { input },
         }
     }
 
     /// The operands that are read, if the last `sums` are accumulators.
     pub fn read(self, ins: &[Spec], sums: usize) -> &[Spec] {
-        if self == Sum::Begun { &ins[..ins.len() - sums] } else { ins }
+        if self == Accumulation::Begun { &ins[..ins.len().saturating_sub(sums)] } else { ins }
     }
 
     /// What the adjoint says of the input.
     pub fn grad(self, t: Tensor) -> Grad {
-        if self == Sum::Apart { Grad::To(t) } else { Grad::Into(t) }
+        if self == Accumulation::Apart { Grad::To(t) } else { Grad::Into(t) }
     }
 }
 

@@ -135,7 +135,7 @@ mod prelude {
         cpu::*,
         graph::{Graph, Node},
         launch::{Arg, Cost, Kernels, Launch, Operand, Target, size},
-        op::{Grad, Memory, Op, Sum, traffic},
+        op::{Accumulation, Grad, Memory, Op, traffic},
         tensor::{DType, In, Out, Shape, Spec, Tensor, View, ViewMut},
     };
     pub(super) use rayon::prelude::*;

@@ -57,8 +57,9 @@ pub struct TrainOptions {
     pub gradients: Float,
     /// What AdamW's moments are stored as: `float32` or `bfloat16`.
     pub moments: Float,
-    /// Whether a step has the same bits every time. Without, kernels for Hopper add up attention's gradient as their blocks
-    /// come, which spares them to wait for turns; other devices know only this way.
+    /// Whether a step has the same bits every time, as it has on other devices in any case. Without, kernels for Hopper add
+    /// up attention's gradient as their blocks come, which spares them to wait for turns: two runs differ in their last
+    /// digits, and so does one that is resumed.
     pub deterministic: bool,
     /// Seed of weights, order, noise levels and noise.
     pub seed: u64,
@@ -187,7 +188,7 @@ impl TrainOptions {
     }
 
     /// And those of its other micro-batches, which add to the gradients that the first begins.
-    pub fn more(&self) -> LossOptions {
+    pub fn loss_accumulating(&self) -> LossOptions {
         LossOptions { begins: false, ..self.loss() }
     }
 
@@ -295,7 +296,7 @@ impl Trainer {
         trainer.start_masters()?;
         trainer.engine.open(Program::Loss(capacity, trainer.options.loss()))?;
         if trainer.options.accumulation > 1 {
-            trainer.engine.open(Program::Loss(capacity, trainer.options.more()))?;
+            trainer.engine.open(Program::Loss(capacity, trainer.options.loss_accumulating()))?;
         }
         Ok(trainer)
     }
@@ -431,7 +432,7 @@ impl Trainer {
             ..Default::default()
         };
         for (i, batch) in batches.iter().enumerate() {
-            let options = if i == 0 { self.options.loss() } else { self.options.more() };
+            let options = if i == 0 { self.options.loss() } else { self.options.loss_accumulating() };
             let plan = self.engine.open(Program::Loss(self.capacity, options))?;
             feed(&mut self.engine, plan, batch, [report.text_targets, report.images])?;
             if has_images {

@@ -36,6 +36,8 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// Kernels that stand in for shipped ones of the same names.
     pub kernels: Vec<transfusion_ptx::Module>,
+    /// For how many multiprocessors launches are made, if for fewer than the GPU has: other tiles and other splits.
+    pub sms: Option<u32>,
 }
 
 /// An NVIDIA GPU as a device.
@@ -103,7 +105,8 @@ impl CudaDevice {
         }
         let (gpu, version) = (driver.gpu(asked)?, driver.version()?);
         let (arch, notice) = architecture(&gpu, version).map_err(Error::NoDevice)?;
-        let target = target(&gpu, arch);
+        let mut target = target(&gpu, arch);
+        target.sms = options.sms.map_or(gpu.sms, |sms| sms.clamp(1, gpu.sms));
         let context = Context::new(driver, asked)?;
         let stream = Stream::new(context.clone())?;
         Ok(CudaDevice {

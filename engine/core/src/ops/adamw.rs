@@ -4,7 +4,7 @@
 //! Everything that changes between steps is a tensor. A gradient that is not finite makes the scale
 //! zero, and a zero scale leaves weights, moments and means as they are.
 use super::prelude::*;
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 mod kernels;
 
@@ -115,16 +115,16 @@ impl Graph {
     }
 
     /// Neighbours that one op may take: of the same types, so many as a launch takes and, but for one alone, no
-    /// more than [`ELEMENTS`].
+    /// more than [`ELEMENTS`]. What is named again comes later, for another op: a plan refuses it as read when it was replaced.
     fn together<'a, T>(&self, all: &'a [T], tensors: impl Fn(&T) -> Vec<Tensor>) -> Vec<&'a [T]> {
         let (mut groups, mut rest) = (Vec::new(), all);
         while let Some(first) = rest.first() {
             let types = |x: &T| tensors(x).iter().map(|&t| self.spec(t).dtype).collect::<Vec<_>>();
             let wanted = types(first);
-            let mut elements = 0;
+            let (mut elements, mut named) = (0, HashSet::new());
             let fits = |x: &&T| {
                 elements += tensors(x).first().map_or(0, |&t| self.spec(t).shape.numel());
-                elements <= ELEMENTS && types(x) == wanted
+                elements <= ELEMENTS && types(x) == wanted && tensors(x).into_iter().all(|t| named.insert(t))
             };
             let count = rest.iter().take(TOGETHER).take_while(fits).count().max(1);
             let (group, others) = rest.split_at(count);
@@ -594,6 +594,22 @@ mod tests {
         assert_eq!(g.spec(new[45]), g.spec(all[45].master.unwrap()));
         let latest = g.state(Kind::Optim, "69.w", [ELEMENTS / 2], DType::F32);
         assert_eq!(new[69], latest);
+    }
+
+    #[test]
+    fn a_parameter_that_is_named_again_is_refused() {
+        let mut g = Graph::new();
+        let mut state = |what| g.state(Kind::Optim, what, [3], DType::F32);
+        let [param, m, v, grad] = ["w", "m", "v", "g"].map(&mut state);
+        let s = AdamWStates { param, master: None, m, v, grad };
+        let (schedule, scale) = (g.input("schedule", [3], DType::F32), g.input("scale", [1], DType::F32));
+        let hyper = AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+        g.adamw(hyper, &[s, s], schedule, scale);
+        let refused = Plan::new(&g).unwrap_err();
+        assert!(
+            matches!(refused, crate::Error::Overwritten { reader: "adamw", by: "adamw", .. }),
+            "{refused}"
+        );
     }
 
     /// Three steps against the formula of the paper, a step that is skipped between them.

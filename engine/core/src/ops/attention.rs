@@ -51,6 +51,8 @@ impl Graph {
         heads: Heads,
     ) -> Tensor {
         let Qkv { x, turned } = qkv.into();
+        // Heads of another shape turn back by themselves.
+        let turned = Turned(turned.0.filter(|before| before.rope.heads == heads));
         self.push::<2>(Attention { heads, cached: false, turned }, &[x, row_start, row_end])[0]
     }
 
@@ -1360,6 +1362,25 @@ mod tests {
             assert!(all[..2].iter().all(Vec::is_empty), "{all:?}");
             assert_eq!(all[2..], [vec![0.0; 3 * 7 * 6], vec![0.0; 3 * 7 * 6]]);
         }
+    }
+
+    #[test]
+    fn heads_of_another_shape_turn_back_by_themselves() {
+        let gradients = |own: Heads| {
+            let mut g = Graph::new();
+            let qkv = g.state(Kind::Param, "qkv", [1, 5, 16], DType::F32);
+            let [start, end] = ["start", "end"].map(|name| g.input(name, [1, 5], DType::I32));
+            let positions = g.input("positions", [5], DType::I32);
+            let heads = Heads { heads: 2, kv_heads: 1, width: 4 };
+            let turned = g.rotary(qkv, Rotary { positions, heads, theta: 1e4 });
+            let o = g.attention(turned, start, end, own);
+            let d = g.input("d", g.spec(o).shape, DType::F32);
+            g.backward_from(&[(o, d)], &[qkv]).unwrap();
+            let steps = Plan::new(&g).unwrap().steps;
+            steps.iter().filter(|s| s.op.name().ends_with("_bwd")).map(|s| s.op.name()).collect::<Vec<_>>()
+        };
+        assert_eq!(gradients(Heads { heads: 2, kv_heads: 1, width: 4 }), ["attention_bwd"]);
+        assert_eq!(gradients(Heads { heads: 6, kv_heads: 1, width: 2 }), ["attention_bwd", "rope_bwd"]);
     }
 
     fn normal(dims: [usize; 3], stream: u64) -> (Spec, Vec<f32>) {

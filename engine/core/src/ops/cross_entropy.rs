@@ -15,7 +15,7 @@ struct CrossEntropy {
 /// `dh` and `dw`; `dw` is added to an accumulator where there is one.
 #[derive(Debug)]
 struct CrossEntropyBwd {
-    sum: Sum,
+    sum: Accumulation,
     precision: Precision,
 }
 
@@ -154,7 +154,7 @@ impl Op for CrossEntropy {
         let mut ins = n.ins.clone();
         ins.extend([n.outs[1], dloss]);
         ins.extend(g.accumulator(n.ins[1]));
-        let sum = g.sum(n.ins[1]);
+        let sum = g.accumulation(n.ins[1]);
         let [dh, dw] = g.push(CrossEntropyBwd { sum, precision: self.precision }, &ins);
         Ok(vec![Grad::To(dh), sum.grad(dw), Grad::Integer, stop()])
     }

@@ -90,7 +90,7 @@ struct LinearDx {
 /// `dw = dy^T x`, in an accumulator where there is one.
 #[derive(Debug)]
 struct LinearDw {
-    sum: Sum,
+    sum: Accumulation,
     precision: Precision,
 }
 
@@ -298,7 +298,7 @@ impl Op for Linear {
         };
         let precision = self.precision;
         // The weight's comes first, so that dx may lie where x did.
-        let sum = g.sum(w);
+        let sum = g.accumulation(w);
         let ins: Vec<Tensor> = [dpre, x].into_iter().chain(g.accumulator(w)).collect();
         let dw = sum.grad(g.push::<1>(LinearDw { sum, precision }, &ins)[0]);
         // A gradient of another shape or type than the result's goes the long way.
@@ -408,7 +408,7 @@ impl Op for LinearDw {
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        let alone = LinearDw { sum: Sum::Apart, precision: self.precision };
+        let alone = LinearDw { sum: Accumulation::Apart, precision: self.precision };
         agreement::then_summed(alone, self.sum, specs, ins, 0)
     }
 
@@ -673,22 +673,28 @@ fn rotary_cases() -> Vec<Case> {
     ];
     small
         .into_iter()
-        .chain([attending_case()])
+        .chain([
+            attending_case(Heads { heads: 2, kv_heads: 1, width: 4 }, 5, 6),
+            attending_case(Heads { heads: 3, kv_heads: 1, width: 64 }, 67, 72).large(),
+        ])
         .chain(large.map(|(n, k, h, bias)| case(n, k, h, bias).large()))
         .collect()
 }
 
 /// Heads that attend after they have turned, and that somebody else reads besides: gradients of both arrive.
-fn attending_case() -> Case {
-    let heads = Heads { heads: 2, kv_heads: 1, width: 4 };
+fn attending_case(heads: Heads, t: usize, k: usize) -> Case {
+    let m = heads.packed_width();
     let build = move |g: &mut Graph, x: &[Tensor]| {
         let qkv = g.rotary_linear(x[0], x[1], Rotary { positions: x[2], heads, theta: 1e2 });
-        let rows = qkv.reshape(g, [2, 5, 16]);
+        let rows = qkv.reshape(g, [2, t, m]);
         vec![g.attention(rows, x[3], x[4], heads), g.swiglu(qkv.tensor())]
     };
-    let case = Case::new("linear", "heads that attend", build).normal([10, 6]).normal([16, 6]);
-    let ends: Vec<i32> = (1..6).collect();
-    case.ints([10], &[0, 1, 2, -1, 4, 3, 9, 1, 0, 7])
-        .ints([2, 5], &[0; 10])
-        .ints([2, 5], &[&ends[..]; 2].concat())
+    let at = |i: usize| if i % 7 == 3 { -1 } else { (i * 5 % 23) as i32 };
+    let ends: Vec<i32> = (0..2 * t).map(|i| (i % t) as i32 + 1).collect();
+    Case::new("linear", format!("{heads:?} that attend"), build)
+        .normal([2 * t, k])
+        .floats([m, k], Fill::Normal(0.3))
+        .ints([2 * t], &(0..2 * t).map(at).collect::<Vec<_>>())
+        .ints([2, t], &vec![0; 2 * t])
+        .ints([2, t], &ends)
 }

@@ -17,7 +17,7 @@ struct QkNorm {
 struct QkNormBwd {
     heads: Heads,
     eps: f64,
-    sum: Sum,
+    sum: Accumulation,
 }
 
 impl Graph {
@@ -79,13 +79,13 @@ impl Op for QkNorm {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); 3]) };
         let (qkv, wq, wk) = (n.ins[0], n.ins[1], n.ins[2]);
         let bwd = |sum| QkNormBwd { heads: self.heads, eps: self.eps, sum };
-        let sum = g.sum(wq);
+        let sum = g.accumulation(wq);
         Ok(match (g.accumulator(wq), g.accumulator(wk)) {
-            (Some(sum_q), Some(sum_k)) if sum_q != sum_k && sum == g.sum(wk) => {
+            (Some(sum_q), Some(sum_k)) if sum_q != sum_k && sum == g.accumulation(wk) => {
                 let [dqkv, sum_q, sum_k] = g.push(bwd(sum), &[qkv, wq, wk, dy, sum_q, sum_k]);
                 vec![Grad::To(dqkv), Grad::Into(sum_q), Grad::Into(sum_k)]
             }
-            _ => g.push::<3>(bwd(Sum::Apart), &[qkv, wq, wk, dy]).map(Grad::To).to_vec(),
+            _ => g.push::<3>(bwd(Accumulation::Apart), &[qkv, wq, wk, dy]).map(Grad::To).to_vec(),
         })
     }
 }

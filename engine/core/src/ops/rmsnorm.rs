@@ -13,7 +13,7 @@ struct RmsNorm {
 #[derive(Debug)]
 struct RmsNormBwd {
     arrived: bool,
-    sum: Sum,
+    sum: Accumulation,
 }
 
 impl RmsNormBwd {
@@ -23,7 +23,7 @@ impl RmsNormBwd {
     }
 
     fn sum_at(&self) -> Option<usize> {
-        (self.sum != Sum::Apart).then_some(4 + usize::from(self.arrived))
+        (self.sum != Accumulation::Apart).then_some(4 + usize::from(self.arrived))
     }
 }
 
@@ -95,7 +95,7 @@ impl Op for RmsNorm {
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("rstd is no result"); 2]) };
         let (x, w, r) = (n.ins[0], n.ins[1], n.outs[1]);
-        let (arrived, sum) = (g.take_arrived(x), g.sum(w));
+        let (arrived, sum) = (g.take_arrived(x), g.accumulation(w));
         let op = RmsNormBwd { arrived: arrived.is_some(), sum };
         let ins: Vec<Tensor> = [x, w, r, dy].into_iter().chain(arrived).chain(g.accumulator(w)).collect();
         let [dx, dw] = g.push(op, &ins);
@@ -156,7 +156,7 @@ impl Op for RmsNormBwd {
     }
 
     fn plain(&self, specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
-        let alone = RmsNormBwd { sum: Sum::Apart, ..*self };
+        let alone = RmsNormBwd { sum: Accumulation::Apart, ..*self };
         agreement::then_summed(alone, self.sum, specs, ins, 1)
     }
 

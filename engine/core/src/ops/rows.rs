@@ -10,7 +10,7 @@ struct GatherRows;
 #[derive(Debug)]
 struct GatherRowsBwd {
     x: Spec,
-    sum: Sum,
+    sum: Accumulation,
 }
 
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl Op for GatherRows {
     fn adjoint(&self, g: &mut Graph, n: &Node, d: &[Option<Tensor>]) -> crate::Result<Vec<Grad>> {
         let Some(dy) = d[0] else { return Ok(vec![Grad::Stop("no gradient arrived"); 2]) };
         let (x, index) = (g.spec(n.ins[0]), n.ins[1]);
-        let sum = g.sum(n.ins[0]);
+        let sum = g.accumulation(n.ins[0]);
         let ins: Vec<Tensor> = [dy, index].into_iter().chain(g.accumulator(n.ins[0])).collect();
         let [dx] = g.push(GatherRowsBwd { x, sum }, &ins);
         Ok(vec![sum.grad(dx), Grad::Integer])

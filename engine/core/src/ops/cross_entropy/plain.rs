@@ -2,7 +2,7 @@
 //! the tolerance law measures the kernels by.
 use super::{inverse, used};
 use crate::{
-    op::Sum,
+    op::Accumulation,
     tensor::{DType, Host, Spec},
 };
 use half::bf16;
@@ -90,7 +90,7 @@ pub(super) fn forward(specs: &[Spec], ins: &[Host]) -> Option<Vec<Host>> {
 }
 
 /// `dh` and `dw`, of `h`, `w`, `targets`, `count`, `lse`, `dloss` and, where there is one, the accumulator.
-pub(super) fn backward(specs: &[Spec], ins: &[Host], how: Sum) -> Option<Vec<Host>> {
+pub(super) fn backward(specs: &[Spec], ins: &[Host], how: Accumulation) -> Option<Vec<Host>> {
     let o = Operands::new(specs, ins)?;
     let (lse, scale) = (floats(&ins[4]), floats(&ins[5])[0] * o.inverse);
     // Either may be near to the truth by chance, and is held against the other's chance: of each number, the one that is

@@ -130,7 +130,7 @@ mod tests {
         let [x, w] = specs(100, 768, DType::Bf16);
         let r = Spec::new([100], DType::F32);
         let sum = Spec::new([768], DType::F32);
-        let op = RmsNormBwd { arrived: false, sum: Sum::Added };
+        let op = RmsNormBwd { arrived: false, sum: Accumulation::Added };
         let k = backward(&op, &[x, w, r, x, sum], &[x, sum], &Target::H200).unwrap();
         assert_eq!(k.scratch, [13 * 768 * 4]);
         assert_eq!(

@@ -45,7 +45,8 @@ pub(crate) struct Simulated {
     /// The machine that launches are made for in the simulator.
     #[arg(long, value_enum, default_value_t = Model::A100)]
     target: Model,
-    /// Its multiprocessors, in place of its own number: fewer make other tiles and other splits.
+    /// Multiprocessors that launches are made for, in place of the machine's own number: fewer make other tiles and
+    /// other splits.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     sms: Option<u16>,
     /// Compile this file with NVRTC and use its entries in place of the shipped ones of the same names.
@@ -166,10 +167,11 @@ impl Machines {
             Bench::Sim => schedules.iter().map(|s| Ok(Machine::Sim(self.simulated.open(*s)?))).collect(),
             Bench::Cuda(ordinal) => {
                 // The first opening tells the architecture that the files are to be compiled for.
-                let arch = CudaDevice::new(CudaOptions { ordinal, kernels: vec![] })?;
+                let arch = CudaDevice::new(CudaOptions { ordinal, ..CudaOptions::default() })?;
                 let arch = arch.target().map_or("sm_80", |t| t.arch);
                 let kernels = self.simulated.compiled(arch)?;
-                Ok(vec![Machine::Cuda(CudaDevice::new(CudaOptions { ordinal, kernels })?)])
+                let sms = self.simulated.sms.map(u32::from);
+                Ok(vec![Machine::Cuda(CudaDevice::new(CudaOptions { ordinal, kernels, sms })?)])
             }
         }
     }
