@@ -286,6 +286,32 @@ fn kernels_move_little_more_than_they_must() {
     assert!(held("--batch 8 --sms 1 --program prefill", 60e3) >= 9);
 }
 
+/// What tiles of products share, each asks for again; but none touches more than its operands, in either kind of kernels.
+#[test]
+fn products_touch_their_operands_alone() {
+    let folder = folder("touched");
+    let model = "--program loss --batch 1 --positions 512 --sms 4 --json --set model.hidden_size=512 \
+         model.intermediate_size=512 model.num_hidden_layers=1 model.num_attention_heads=8 \
+         model.num_key_value_heads=8 model.head_dim=64";
+    for target in ["A100", "H200"] {
+        let args = format!("traffic --target {target} {model}");
+        let out = run(&folder, &args.split_whitespace().collect::<Vec<_>>());
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        let rows: Vec<serde_json::Value> = serde_json::from_slice(&out.stdout).unwrap();
+        // A depth that is split leaves parts, and few rows fill no sectors.
+        let product = |row: &&serde_json::Value| {
+            let (op, kernels) = (row["op"].as_str().unwrap(), row["kernels"].as_object().unwrap());
+            op.starts_with("linear") && kernels.len() == 1 && row["least"].as_u64().unwrap() >= 100_000
+        };
+        let held = rows.iter().filter(product).map(|row| {
+            let kernel = row["kernels"].as_object().unwrap().values().next().unwrap();
+            let [touched, moved] = ["touched", "moved"].map(|key| kernel[key].as_f64().unwrap());
+            assert!(touched <= 1.01 * row["least"].as_f64().unwrap() && touched <= moved, "{row}");
+        });
+        assert!(held.count() >= 10, "{target}");
+    }
+}
+
 /// Whether a row of the table is of a kernel of rows or elements that has to move `least` bytes in a step. Then it
 /// moves little more; what is smaller fills no sectors, and products read their operands tile by tile.
 fn moves_little(row: &serde_json::Value, least: f64) -> bool {

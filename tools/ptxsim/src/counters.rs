@@ -1,6 +1,6 @@
 //! What a launch did: instructions, tensor-core work, memory traffic, bank conflicts, divergence.
 
-use crate::kernel::Kernel;
+use crate::{kernel::Kernel, touched::Sectors};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -48,11 +48,15 @@ pub(crate) struct Site {
 /// The counts of one host thread.
 pub(crate) struct Tally {
     pub(crate) sites: Vec<Site>,
+    /// What was read of global memory, and written.
+    pub(crate) read: Sectors,
+    pub(crate) written: Sectors,
 }
 
 impl Tally {
     pub(crate) fn new(kernel: &Kernel) -> Self {
-        Self { sites: vec![Site::default(); kernel.code.len()] }
+        let sites = vec![Site::default(); kernel.code.len()];
+        Self { sites, read: Sectors::default(), written: Sectors::default() }
     }
 
     pub(crate) fn add(&mut self, other: &Self) {
@@ -65,6 +69,8 @@ impl Tally {
             a.ideal += b.ideal;
             a.splits += b.splits;
         }
+        self.read.add(&other.read);
+        self.written.add(&other.written);
     }
 }
 
@@ -117,6 +123,11 @@ pub struct Counters {
     pub kernel: String,
     /// All of it.
     pub total: Counts,
+    /// Sectors of 32 bytes of global memory that were read at all, and those that were written: with a cache that
+    /// forgets nothing they are what moves.
+    pub read_sectors: u64,
+    /// See [`Counters::read_sectors`].
+    pub written_sectors: u64,
     /// By class of instruction.
     pub classes: BTreeMap<Class, Counts>,
     /// By line of the PTX.
@@ -127,7 +138,12 @@ pub struct Counters {
 
 impl Counters {
     pub(crate) fn new(kernel: &Kernel, tally: &Tally) -> Self {
-        let mut counters = Self { kernel: kernel.name.clone(), ..Self::default() };
+        let mut counters = Self {
+            kernel: kernel.name.clone(),
+            read_sectors: tally.read.count(),
+            written_sectors: tally.written.count(),
+            ..Self::default()
+        };
         for (pc, (inst, site)) in kernel.code.iter().zip(&tally.sites).enumerate() {
             if site.warps == 0 || inst.class == Class::Internal {
                 continue;
@@ -157,6 +173,8 @@ impl Counters {
     /// Adds the counts of another launch of the same kernel.
     pub fn add(&mut self, other: &Self) {
         self.total.add(&other.total);
+        self.read_sectors += other.read_sectors;
+        self.written_sectors += other.written_sectors;
         for (class, counts) in &other.classes {
             self.classes.entry(*class).or_default().add(counts);
         }
@@ -185,6 +203,8 @@ impl fmt::Display for Counters {
         writeln!(f, "tensor-core flops           {:>14}", t.tensor_flops)?;
         writeln!(f, "global bytes requested      {:>14}", t.global_bytes)?;
         writeln!(f, "global bytes in sectors     {:>14}", t.global_sectors * 32)?;
+        writeln!(f, "of these not read before    {:>14}", self.read_sectors * 32)?;
+        writeln!(f, "and not written before      {:>14}", self.written_sectors * 32)?;
         writeln!(f, "shared bytes requested      {:>14}", t.shared_bytes)?;
         writeln!(f, "shared wavefronts           {:>14}", t.shared_wavefronts)?;
         writeln!(f, "of these bank conflicts     {:>14}", t.bank_conflicts)?;

@@ -54,6 +54,7 @@ mod math;
 mod memory;
 mod run;
 mod syntax;
+mod touched;
 
 pub use counters::{Class, Counters, Counts};
 pub use device::{SimDevice, SimOptions};

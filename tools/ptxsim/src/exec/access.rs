@@ -234,6 +234,7 @@ impl Machine<'_> {
         if self.run.options.traffic {
             let sectors = count_sectors(addresses, active, size);
             self.count_global(active, size, sectors);
+            lanes(admitted).for_each(|l| self.touch(addresses[l], size.into(), kind));
         }
         admitted
     }
@@ -332,6 +333,17 @@ impl Machine<'_> {
         let site = &mut self.tally.sites[self.pc as usize];
         site.bytes += u64::from(active.count_ones() * size);
         site.sectors += u64::from(sectors);
+    }
+
+    /// Counts bytes of global memory among those that were touched.
+    #[inline(always)]
+    pub(crate) fn touch(&mut self, address: u64, bytes: u64, kind: Kind) {
+        if kind.reads() {
+            self.tally.read.mark(address, bytes);
+        }
+        if kind.writes() {
+            self.tally.written.mark(address, bytes);
+        }
     }
 
     /// The lanes whose access to shared memory leaves the own block or its bounds, or is misaligned.

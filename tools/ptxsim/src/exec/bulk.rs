@@ -200,6 +200,9 @@ impl Machine<'_> {
                 (false, _) => Kind::Read,
             };
             self.check_order(bytes, p.valid, kind, lane, p.global, UNDER_WAY);
+            if self.run.options.traffic {
+                self.touch(p.global, p.valid.into(), kind);
+            }
             sectors += (p.global % 32 + u64::from(p.valid)).div_ceil(32);
         }
         let site = &mut self.tally.sites[self.pc as usize];

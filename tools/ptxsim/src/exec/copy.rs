@@ -121,6 +121,7 @@ impl Machine<'_> {
         let site = &mut self.tally.sites[self.pc as usize];
         site.bytes += u64::from(reading.count_ones() * size);
         site.sectors += u64::from(sectors);
+        lanes(reading).for_each(|l| self.touch(addresses[l], size.into(), Kind::Read));
     }
 
     /// Performs what the first `count` instructions under way copy.

@@ -246,6 +246,9 @@ fn contiguous(x: &mut Machine<'_>, i: &Inst, kind: Kind) -> Option<*mut u8> {
     x.check_conflict(bytes, 32 * size as u32, kind, 0, address);
     let sectors = (address % 32 + 32 * size).div_ceil(32) as u32;
     x.count_global(FULL, size as u32, sectors);
+    if x.run.options.traffic {
+        x.touch(address, 32 * size, kind);
+    }
     Some(bytes.data)
 }
 

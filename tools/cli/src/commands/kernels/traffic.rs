@@ -22,8 +22,9 @@ const SECTOR: u64 = 32;
 /// Count what the kernels of a program move, in the simulator.
 ///
 /// A training step of a fresh model on the built-in shapes, or what sampling replays behind a prompt, runs op by op.
-/// For each op: bytes of global memory in sectors of 32 bytes, every request on its own as if there were no cache,
-/// over the least possible, each operand once (less than that where rows are unused); bank conflicts, passes over
+/// For each op: bytes of global memory in sectors of 32 bytes that its kernels touch at all, as with a cache that forgets
+/// nothing, and those of every request on its own as if there were none, both over the least possible, each operand
+/// once (less than that where rows are unused); bank conflicts, passes over
 /// shared memory beyond the fewest possible; the share of warp instructions that are tensor-core products;
 /// instructions of threads. Steps that launch the same are one row, and a row says what all of them do. Few rows
 /// for each SM make what blocks read once weigh more than in a real step: --sms makes the machine small.
@@ -44,7 +45,7 @@ pub(crate) struct Traffic {
     /// Seed of weights and data.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Print JSON: [{"op", "steps", "least", "kernels": {name: {"moved", "conflicts", "tensor_share",
+    /// Print JSON: [{"op", "steps", "least", "kernels": {name: {"touched", "moved", "conflicts", "tensor_share",
     /// "thread_instructions"}}}].
     #[arg(long)]
     json: bool,
@@ -104,6 +105,10 @@ fn moved(c: &Counters) -> u64 {
     SECTOR * c.total.global_sectors
 }
 
+fn touched(c: &Counters) -> u64 {
+    SECTOR * (c.read_sectors + c.written_sectors)
+}
+
 impl Counted {
     fn add(&mut self, kernels: &BTreeMap<String, Counters>) {
         self.row.count += 1;
@@ -113,14 +118,15 @@ impl Counted {
         }
     }
 
-    fn moved(&self) -> u64 {
-        self.kernels.values().map(moved).sum()
+    /// What all kernels did.
+    fn all(&self, of: fn(&Counters) -> u64) -> u64 {
+        self.kernels.values().map(of).sum()
     }
 
     fn json(&self) -> Value {
         let kernel = |(name, c): (&String, &Counters)| {
             let counts = json!({
-                "moved": moved(c), "conflicts": c.total.bank_conflicts, "tensor_share": tensor_share(c),
+                "touched": touched(c), "moved": moved(c), "conflicts": c.total.bank_conflicts, "tensor_share": tensor_share(c),
                 "thread_instructions": c.total.thread_instructions,
             });
             (name.clone(), counts)
@@ -136,10 +142,12 @@ fn table(all: &[Counted]) -> String {
     let kernel = all.iter().flat_map(|c| c.kernels.keys()).map(String::len).max().unwrap_or(0);
     let op = all.iter().map(|c| c.row.op.len()).max().unwrap_or(0);
     let mut lines = vec![format!(
-        "{:>5}  {:op$}  {:>11} {:>11} {:>6}  {:kernel$} {:>11} {:>9} {:>7} {:>14}",
+        "{:>5}  {:op$}  {:>11} {:>11} {:>6} {:>11} {:>6}  {:kernel$} {:>11} {:>9} {:>7} {:>14}",
         "steps",
         "op",
         "least bytes",
+        "touched",
+        "ratio",
         "moved",
         "ratio",
         "kernel",
@@ -149,14 +157,15 @@ fn table(all: &[Counted]) -> String {
         "thread instr."
     )];
     for c in all {
-        let (least, all_moved) = (c.row.total().bytes, c.moved());
-        let ratio = all_moved as f64 / least.max(1) as f64;
+        let least = c.row.total().bytes;
+        let over = |bytes: u64| format!("{bytes:>11} {:>6.2}", bytes as f64 / least.max(1) as f64);
+        let (once, always) = (over(c.all(touched)), over(c.all(moved)));
         for (i, (name, counters)) in c.kernels.iter().enumerate() {
             let step = match i {
                 0 => {
-                    format!("{:>5}  {:op$}  {least:>11} {all_moved:>11} {ratio:>6.2}", c.row.count, c.row.op)
+                    format!("{:>5}  {:op$}  {least:>11} {once} {always}", c.row.count, c.row.op)
                 }
-                _ => format!("{:5}  {:op$}  {:11} {:11} {:6}", "", "", "", "", ""),
+                _ => format!("{:5}  {:op$}  {:11} {:18} {:18}", "", "", "", "", ""),
             };
             let (t, own, share) = (&counters.total, moved(counters), tensor_share(counters));
             lines.push(format!(
