@@ -662,6 +662,12 @@ fn rotary_cases() -> Vec<Case> {
     let large = [
         (1, 40, heads(2, 1, 32), false),
         (6, 136, heads(1, 1, 64), true),
+        (8, 264, heads(3, 1, 40), true),
+        (4, 72, heads(2, 2, 128), false),
+        (2, 520, heads(5, 1, 8), true),
+        (3, 40, heads(1, 1, 24), false),
+        (7, 200, heads(4, 2, 16), false),
+        (5, 8, heads(6, 3, 64), true),
         (37, 72, heads(3, 1, 24), false),
         (130, 520, heads(2, 1, 64), true),
         (257, 200, heads(3, 3, 32), false),

@@ -258,12 +258,19 @@ impl Forward {
             Some(rows) => {
                 let pre = self.pre.as_ref().unwrap_or(&self.y).clone();
                 let activation = match self.activation {
+                    Activation::None if self.rotary.is_some() => 3,
                     Activation::None => 0,
                     Activation::Silu => 1,
                     Activation::SwiGlu => 2,
                 };
-                let operands = [self.y.clone(), pre, self.x.clone(), self.w.clone(), bias, residual];
+                let (positions, turning) = match &self.rotary {
+                    None => (self.x.clone(), [Arg::U32(0), Arg::U32(0), Arg::U64(0)]),
+                    Some((rope, positions, _)) => (positions.clone(), Self::turning(rope)?),
+                };
+                let operands =
+                    [self.y.clone(), pre, self.x.clone(), self.w.clone(), bias, residual, positions];
                 let args = operands.into_iter().chain(sizes).chain([Arg::U32(activation)]).chain(flags);
+                let args = args.chain(turning);
                 let grid = [product.columns.div_ceil(FEW_COLUMNS), 1, 1];
                 Launch::kernel(format!("linear_fwd_few_{rows}_bf16"), grid, 64, 0, args.collect())
             }
@@ -285,9 +292,18 @@ impl Forward {
         Ok(product.launches(vec![launch]))
     }
 
-    /// The same, and the heads of the result turn: in the product on Hopper, where each comes in whole vectors.
+    /// The width of heads that turn, the columns of all of them, and the ratio of their frequencies.
+    fn turning(rope: &Rope) -> Result<[Arg; 3], String> {
+        Ok([Arg::size(rope.heads.width)?, Arg::size(rope.heads.qk_columns())?, Arg::U64(rope.ratio()?)])
+    }
+
+    /// The same, and the heads of the result turn: in the product where rows are few, and on Hopper, where each comes in
+    /// whole vectors.
     fn rotated(&self, product: Product, on: &Target) -> Result<Vec<Launch>, String> {
-        let Some((rope, positions, qkv)) = &self.rotary else { return self.launches(product, on) };
+        let few = FEW.iter().any(|&rows| product.rows <= rows);
+        let Some((rope, positions, qkv)) = self.rotary.as_ref().filter(|_| !few) else {
+            return self.launches(product, on);
+        };
         let extents =
             Extents { n: product.rows as usize, k: product.depth as usize, m: product.columns as usize };
         let Some(ending) = Ending::of(extents, on)?.filter(|_| rope.heads.width <= MOST_WIDTH) else {
@@ -299,11 +315,8 @@ impl Forward {
                 .collect());
         };
         let bias = self.bias.as_ref().unwrap_or(&self.w).clone();
-        let (width, turning) = (size(rope.heads.width)?, size(rope.heads.qk_columns())?);
-        let sizes =
-            [product.rows, product.columns, product.depth, self.bias.is_some().into(), width, turning];
-        let reads = [bias, positions.clone()].into_iter().chain(sizes.map(Arg::U32));
-        let rest = reads.chain([Arg::U64(rope.ratio()?)]).collect();
+        let sizes = [product.rows, product.columns, product.depth, self.bias.is_some().into()].map(Arg::U32);
+        let rest = [bias, positions.clone()].into_iter().chain(sizes).chain(Self::turning(rope)?).collect();
         let (outs, factors) = (vec![self.y.clone()], [&self.x, &self.w]);
         Ok(vec![ending.launch("linear_fwd_rope", outs, factors, rest, on)])
     }
