@@ -59,10 +59,11 @@ struct Ema {
 }
 
 impl Graph {
-    /// `sum [1] += sum of x^2` over all tensors `xs`, in place, in their order.
+    /// `sum [1] += sum of x^2` over all tensors `xs`, in place, in their order. Neighbours of one type share
+    /// launches, up to 32 of them.
     #[track_caller]
     pub fn sum_squares_into(&mut self, mut sum: Tensor, xs: &[Tensor]) -> Tensor {
-        for some in xs.chunks(SUMMED) {
+        for some in self.together(xs, |&x| vec![x], |&x| self.decoded(x)) {
             let ins: Vec<Tensor> = [sum].into_iter().chain(some.iter().copied()).collect();
             [sum] = self.push(SumSquares, &ins);
         }
@@ -88,7 +89,7 @@ impl Graph {
         scale: Tensor,
     ) -> Vec<Tensor> {
         let mut new = Vec::with_capacity(all.len());
-        for some in self.together(all, AdamWStates::tensors) {
+        for some in self.together(all, AdamWStates::tensors, |s| self.spec(s.param).shape.numel()) {
             let states = some[0].tensors().len() - 1;
             let op = AdamWStep { hyper, params: some.len(), states };
             let ins = some.iter().flat_map(AdamWStates::tensors).chain([schedule, scale]);
@@ -106,7 +107,7 @@ impl Graph {
     #[track_caller]
     pub fn ema_into(&mut self, pairs: &[[Tensor; 2]], decay: Tensor, scale: Tensor) -> Vec<Tensor> {
         let mut means = Vec::with_capacity(pairs.len());
-        for some in self.together(pairs, |pair| pair.to_vec()) {
+        for some in self.together(pairs, |pair| pair.to_vec(), |pair| self.spec(pair[0]).shape.numel()) {
             let ins = some.iter().flatten().copied().chain([decay, scale]);
             let outs = self.apply(Arc::new(Ema { pairs: some.len() }), &ins.collect::<Vec<_>>());
             means.extend((0..some.len()).map(|i| outs.get(i).copied().unwrap_or(Tensor::VOID)));
@@ -115,15 +116,20 @@ impl Graph {
     }
 
     /// Neighbours that one op may take: of the same types, so many as a launch takes and, but for one alone, no
-    /// more than [`ELEMENTS`]. What is named again comes later, for another op: a plan refuses it as read when it was replaced.
-    fn together<'a, T>(&self, all: &'a [T], tensors: impl Fn(&T) -> Vec<Tensor>) -> Vec<&'a [T]> {
+    /// more than [`ELEMENTS`] by `size`. What is named again comes later, for another op: a plan refuses it as read when it was replaced.
+    fn together<'a, T>(
+        &self,
+        all: &'a [T],
+        tensors: impl Fn(&T) -> Vec<Tensor>,
+        size: impl Fn(&T) -> usize,
+    ) -> Vec<&'a [T]> {
         let (mut groups, mut rest) = (Vec::new(), all);
         while let Some(first) = rest.first() {
             let types = |x: &T| tensors(x).iter().map(|&t| self.spec(t).dtype).collect::<Vec<_>>();
             let wanted = types(first);
             let (mut elements, mut named) = (0, HashSet::new());
             let fits = |x: &&T| {
-                elements += tensors(x).first().map_or(0, |&t| self.spec(t).shape.numel());
+                elements += size(x);
                 elements <= ELEMENTS && types(x) == wanted && tensors(x).into_iter().all(|t| named.insert(t))
             };
             let count = rest.iter().take(TOGETHER).take_while(fits).count().max(1);
@@ -132,6 +138,13 @@ impl Graph {
             rest = others;
         }
         groups
+    }
+
+    /// What counts of a tensor that an op only reads: nothing, unless the CPU device decodes it. A quarter then, since
+    /// AdamW decodes up to four tensors of each parameter.
+    fn decoded(&self, x: Tensor) -> usize {
+        let s = self.spec(x);
+        if s.dtype == DType::Bf16 { s.shape.numel().div_ceil(4) } else { 0 }
     }
 }
 
@@ -143,9 +156,7 @@ impl AdamWStates {
 }
 
 const CHUNK: usize = 16 * 1024;
-/// Tensors whose squares one op sums.
-const SUMMED: usize = 8;
-/// Parameters that one op moves: the rows of its kernels' tables.
+/// Parameters that one op moves, means, or tensors that it sums: the rows of its kernels' tables.
 const TOGETHER: usize = 32;
 /// Their elements: of more, a launch is nothing beside its work, and the CPU device decodes all bf16 operands of an op
 /// at once.
@@ -501,6 +512,8 @@ pub(super) fn cases() -> Vec<Case> {
         steps_of([false; 2], true, 0.5, &[0, 9, 0]),
         squares_of(&[17, 40_009, 1, 5]),
         squares_of(&[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]),
+        squares_of(&[7; 35]),
+        squares_of(&[0, 9, 0]),
         clip("long", 16.0),
         clip("short", 0.25),
         clip("nothing", 0.0),
@@ -548,6 +561,8 @@ pub(super) fn cases() -> Vec<Case> {
     let widths: Vec<usize> = (0..35).map(|i| [768, 64, 64, 3, 1, 2049, 4][i % 7]).collect();
     cases.push(steps_of([false; 2], true, 0.5, &widths).large());
     cases.push(means_of(1.0, &widths).large());
+    cases.push(squares_of(&widths).large());
+    cases.push(squares_of(&widths[..32]).large());
     for (narrow, what) in [([true, false], "moments"), ([false, true], "gradient"), ([true; 2], "both")] {
         let case = |n: usize, scale: f64, gradient: Fill| {
             let name = format!("{n}, {what} narrow, scale {scale}");
@@ -594,6 +609,19 @@ mod tests {
         assert_eq!(g.spec(new[45]), g.spec(all[45].master.unwrap()));
         let latest = g.state(Kind::Optim, "69.w", [ELEMENTS / 2], DType::F32);
         assert_eq!(new[69], latest);
+    }
+
+    #[test]
+    fn sums_take_as_many_as_the_cpu_decodes() {
+        let mut g = Graph::new();
+        let mut state = |i: usize, dtype| g.state(Kind::Grad, &i.to_string(), [ELEMENTS], dtype);
+        let wide = (0..34).map(|i| state(i, DType::F32)).collect::<Vec<_>>();
+        let narrow = (34..43).map(|i| state(i, DType::Bf16)).collect::<Vec<_>>();
+        let zero = g.fill(0.0, [1], DType::F32);
+        let sum = g.sum_squares_into(zero, &[wide, narrow].concat());
+        g.check().unwrap();
+        let taken = g.nodes().iter().skip(1).map(|n| n.ins.len() - 1);
+        assert_eq!((taken.collect::<Vec<_>>(), g.sum_squares_into(sum, &[])), (vec![32, 2, 4, 4, 1], sum));
     }
 
     #[test]

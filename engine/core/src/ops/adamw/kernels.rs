@@ -1,6 +1,6 @@
 //! What `kernels-cu/{adamw,sum_squares,clip,ema}.cu` are launched with.
 use super::super::prelude::*;
-use super::{AdamW, SUMMED};
+use super::AdamW;
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -87,15 +87,14 @@ pub(super) fn sum_squares(ins: &[Spec], on: &Target) -> Result<Kernels, String> 
         return Err(format!("{x:?} and {other:?} differ in type; sum their squares one after the other"));
     }
     let entry = format!("sum_squares_parts_{}", stored(x)?);
-    let counts = xs.iter().map(|x| size(x.shape.numel())).collect::<Result<Vec<u32>, _>>()?;
-    // What is not there is named all the same, and nothing of it is read.
-    let nothing = SUMMED - xs.len();
-    let operands = (1..ins.len()).chain(std::iter::repeat_n(1, nothing)).map(Arg::input);
-    let sizes = counts.iter().copied().chain(std::iter::repeat_n(0, nothing)).map(Arg::U32);
-    let all = counts.iter().fold(0u32, |all, &n| all.saturating_add(n));
-    let parts = blocks(all, 16 / x.dtype.size() as u32, on);
-    let part_pass =
-        launch(entry, parts, [Arg::scratch(0)].into_iter().chain(operands).chain(sizes).collect());
+    let row = |(i, x): (usize, &Spec)| {
+        let count = size(x.shape.numel())?;
+        Ok::<_, String>([Arg::input(i + 1), Arg::U64(count.into())])
+    };
+    let rows = xs.iter().enumerate().map(row).collect::<Result<Vec<_>, _>>()?;
+    let parts = blocks(count(xs.iter()), 16 / x.dtype.size() as u32, on);
+    let args = vec![Arg::scratch(0), Arg::Table(rows.concat()), Arg::size(rows.len())?];
+    let part_pass = launch(entry, parts, args);
     let args = vec![Arg::output(0), Arg::scratch(0), Arg::U32(parts)];
     let add_pass = launch("sum_squares_add_f32".into(), parts.min(1), args);
     Ok(Kernels { scratch: vec![parts as usize * 4], launches: vec![part_pass, add_pass] })
@@ -187,6 +186,9 @@ mod tests {
         assert_eq!((k.scratch[0], k.launches.len()), (2 * 4, 2));
         let k = sum_squares(&[sum, x, x, x], &Target::A100).unwrap();
         assert_eq!((k.scratch[0], k.launches.len()), (4 * 4, 2));
+        let Launch::Kernel { grid, args, .. } = &k.launches[0] else { panic!("{k:?}") };
+        let rows = (1..4).flat_map(|i| [Arg::input(i), Arg::U64(2049)]).collect();
+        assert_eq!((grid[0], &args[..]), (4, &[Arg::scratch(0), Arg::Table(rows), Arg::U32(3)][..]));
         assert!(sum_squares(&[sum, x, sum], &Target::A100).unwrap_err().contains("differ"));
         let wide = Spec::new([8], DType::F64);
         assert!(sum_squares(&[sum, wide], &Target::A100).unwrap_err().contains("bf16"));
