@@ -471,7 +471,7 @@ def variants(op, specs, device, dtype, rounded):
     """Which there are: those that do the same, by class, and bounds."""
     plain, bounds = list(PEERS[op][0]) if op in PEERS else [], []
     if op in ("attention", "attention_bwd"):
-        cached, queries = len(specs) in (6, 9), specs[0][1]
+        cached, queries = len(specs) == (9 if op == "attention_bwd" else 6), specs[0][1]
         plain, bounds = attention_variants(cached, queries, device, op == "attention_bwd")
     narrow = plain if dtype == "bf16" else [f"{variant} bf16" for variant in plain]
     return {"classes": precision.classes(plain, narrow, dtype, rounded and op in PRODUCTS), "bounds": bounds}

@@ -123,10 +123,9 @@ pub struct Counters {
     pub kernel: String,
     /// All of it.
     pub total: Counts,
-    /// Sectors of 32 bytes of global memory that were read at all, and those that were written: with a cache that
-    /// forgets nothing they are what moves.
+    /// Sectors of 32 bytes of global memory that a launch reads at all: what moves to a cache that holds all of it.
     pub read_sectors: u64,
-    /// See [`Counters::read_sectors`].
+    /// Those that it writes.
     pub written_sectors: u64,
     /// By class of instruction.
     pub classes: BTreeMap<Class, Counts>,

@@ -1,4 +1,4 @@
-//! Which sectors of global memory a launch touches at all: what would pass a cache that forgets nothing.
+//! Which sectors of global memory a launch touches at all.
 
 use std::collections::HashMap;
 

@@ -273,6 +273,29 @@ fn traffic_and_bank_conflicts_are_counted() -> Result<()> {
 }
 
 #[test]
+fn what_a_launch_touches_counts_once() -> Result<()> {
+    let touched = |stride: u32, blocks: u32, access: &str| -> Result<[u64; 3]> {
+        let body = format!(
+            "mov.u32 %r1, %tid.x; mov.u32 %r2, tile; ld.param.u64 %rd1, [data]; mul.wide.u32 %rd2, %r1, {stride}; \
+             add.s64 %rd3, %rd1, %rd2; shl.b32 %r3, %r1, 4; add.s32 %r4, %r2, %r3; {access}"
+        );
+        let text = kernel(&["data"], ".shared .align 128 .b8 tile[512];", &body);
+        let outcome = Bench::new(&text, &["data"]).grid(blocks).run(&mut [Memory::from_bytes(&[0; 8192])])?;
+        assert!(outcome.findings.is_empty(), "{:?}", outcome.findings);
+        let c = outcome.counters;
+        Ok([c.total.global_sectors, c.read_sectors, c.written_sectors])
+    };
+    assert_eq!(touched(4, 3, "ld.global.u32 %r5, [%rd3];")?, [12, 4, 0]);
+    assert_eq!(touched(64, 3, "ld.global.u32 %r5, [%rd3];")?, [96, 32, 0]);
+    assert_eq!(touched(4, 1, "st.global.u32 [%rd3], %r1;")?, [4, 0, 4]);
+    assert_eq!(touched(128, 1, "st.global.u32 [%rd3], %r1;")?, [32, 0, 32]);
+    assert_eq!(touched(4, 2, "red.global.add.u32 [%rd3], %r1;")?, [8, 4, 4]);
+    let copy = "cp.async.cg.shared.global [%r4], [%rd3], 16; cp.async.commit_group; cp.async.wait_group 0;";
+    assert_eq!(touched(16, 2, copy)?, [32, 16, 0]);
+    Ok(())
+}
+
+#[test]
 fn splits_are_counted_where_they_happen() -> Result<()> {
     let text = kernel(
         &[],

@@ -530,6 +530,7 @@ fn bulk_stores_can_add() -> Result<()> {
     assert!(outcome.findings.is_empty(), "{:?}", outcome.findings);
     let want: Vec<u32> = (0..32).map(|l| bits(1.0 + 3.0 * l as f32)).collect();
     assert_eq!(words(&memory[0]), want);
+    assert_eq!((outcome.counters.read_sectors, outcome.counters.written_sectors), (4, 4));
     Ok(())
 }
 

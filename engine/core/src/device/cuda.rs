@@ -106,7 +106,7 @@ impl CudaDevice {
         let (gpu, version) = (driver.gpu(asked)?, driver.version()?);
         let (arch, notice) = architecture(&gpu, version).map_err(Error::NoDevice)?;
         let mut target = target(&gpu, arch);
-        target.sms = options.sms.map_or(gpu.sms, |sms| sms.clamp(1, gpu.sms));
+        target.sms = options.sms.map_or(gpu.sms, |sms| sms.min(gpu.sms).max(1));
         let context = Context::new(driver, asked)?;
         let stream = Stream::new(context.clone())?;
         Ok(CudaDevice {

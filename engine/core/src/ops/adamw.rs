@@ -116,7 +116,8 @@ impl Graph {
     }
 
     /// Neighbours that one op may take: of the same types, so many as a launch takes and, but for one alone, no
-    /// more than [`ELEMENTS`] by `size`. What is named again comes later, for another op: a plan refuses it as read when it was replaced.
+    /// more than [`ELEMENTS`] by `size`. What is named again comes later, for another op: what the first one moved a plan
+    /// then refuses as read when it was replaced.
     fn together<'a, T>(
         &self,
         all: &'a [T],
@@ -158,8 +159,8 @@ impl AdamWStates {
 const CHUNK: usize = 16 * 1024;
 /// Parameters that one op moves, means, or tensors that it sums: the rows of its kernels' tables.
 const TOGETHER: usize = 32;
-/// Their elements: of more, a launch is nothing beside its work, and the CPU device decodes all bf16 operands of an op
-/// at once.
+/// Their elements, where the CPU device decodes some of them: it decodes all bf16 operands of an op at once, and of more a
+/// launch is nothing beside its work.
 const ELEMENTS: usize = 1 << 25;
 
 impl Op for SumSquares {

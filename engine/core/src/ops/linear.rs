@@ -646,13 +646,15 @@ fn rotary_cases() -> Vec<Case> {
             let e = Epilogue { bias: bias.then(|| x[3]), rotary, ..Epilogue::default() };
             vec![g.linear(x[0], x[1], e)]
         };
-        let at = |i: usize| match i % 7 {
+        // One row alone is in use, and has turned.
+        let at = |i: usize| match (i + n) % 7 {
             3 => -1,
             4 => 100_003 + i as i32,
-            _ => (i % 1021) as i32,
+            _ => ((5 + i) % 1021) as i32,
         };
         let m = heads.packed_width();
-        let name = format!("{n}x{k}x{m}, {heads:?}, bias {bias}");
+        let Heads { heads: q, kv_heads: kv, width } = heads;
+        let name = format!("{n}x{k}x{m}, {q} and {kv} heads of {width}, bias {bias}");
         let case = Case::new("linear", name, build).normal([n, k]).floats([m, k], Fill::Normal(0.3));
         let case = case.ints([n], &(0..n).map(at).collect::<Vec<_>>());
         if bias { case.normal([m]) } else { case }
@@ -661,6 +663,7 @@ fn rotary_cases() -> Vec<Case> {
     let small = [case(5, 7, heads(2, 1, 6), false), case(9, 5, heads(1, 1, 2), true)];
     let large = [
         (1, 40, heads(2, 1, 32), false),
+        (1, 136, heads(1, 1, 64), true),
         (6, 136, heads(1, 1, 64), true),
         (8, 264, heads(3, 1, 40), true),
         (4, 72, heads(2, 2, 128), false),
@@ -697,7 +700,7 @@ fn attending_case(heads: Heads, t: usize, k: usize) -> Case {
     };
     let at = |i: usize| if i % 7 == 3 { -1 } else { (i * 5 % 23) as i32 };
     let ends: Vec<i32> = (0..2 * t).map(|i| (i % t) as i32 + 1).collect();
-    Case::new("linear", format!("{heads:?} that attend"), build)
+    Case::new("linear", format!("{} heads of {} that attend", heads.heads, heads.width), build)
         .normal([2 * t, k])
         .floats([m, k], Fill::Normal(0.3))
         .ints([2 * t], &(0..2 * t).map(at).collect::<Vec<_>>())

@@ -22,9 +22,9 @@ const SECTOR: u64 = 32;
 /// Count what the kernels of a program move, in the simulator.
 ///
 /// A training step of a fresh model on the built-in shapes, or what sampling replays behind a prompt, runs op by op.
-/// For each op: bytes of global memory in sectors of 32 bytes that its kernels touch at all, as with a cache that forgets
-/// nothing, and those of every request on its own as if there were none, both over the least possible, each operand
-/// once (less than that where rows are unused); bank conflicts, passes over
+/// For each op: bytes of global memory in sectors of 32 bytes that its kernels touch at all, each sector that a launch
+/// reads and each that it writes once, and those of every request on its own as if there were no cache, both over the
+/// least possible, each operand once (less than that where rows are unused); bank conflicts, passes over
 /// shared memory beyond the fewest possible; the share of warp instructions that are tensor-core products;
 /// instructions of threads. Steps that launch the same are one row, and a row says what all of them do. Few rows
 /// for each SM make what blocks read once weigh more than in a real step: --sms makes the machine small.

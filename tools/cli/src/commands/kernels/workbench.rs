@@ -45,8 +45,8 @@ pub(crate) struct Simulated {
     /// The machine that launches are made for in the simulator.
     #[arg(long, value_enum, default_value_t = Model::A100)]
     target: Model,
-    /// Multiprocessors that launches are made for, in place of the machine's own number: fewer make other tiles and
-    /// other splits.
+    /// Multiprocessors that launches are made for, in place of the machine's own number; of a GPU at most that. Fewer make
+    /// other tiles and other splits.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     sms: Option<u16>,
     /// Compile this file with NVRTC and use its entries in place of the shipped ones of the same names.
