@@ -7,13 +7,17 @@ use std::{
 use transfusion::{
     data::shapes,
     engine::{Engine, cpu},
+    footprint::Step,
     metrics,
     model::Capacity,
     run::{DataOptions, OutputOptions, Run, RunConfig, RunEvent},
     sample::{Cancel, Goal, SampleOptions},
     train::{Progress, TrainOptions, Trainer},
 };
-use transfusion_core::op::Kind;
+use transfusion_core::{
+    launch::{Arg, Launch, Target},
+    op::Kind,
+};
 use transfusion_tests::{Scratch, document, mixed, one_row, pack, relative};
 
 /// A run of a small model on the built-in pictures, with everything that a run may do.
@@ -234,4 +238,25 @@ fn a_finished_run_is_compared_once() {
         Run::create(config, &scratch.0.join("whole"), None, cpu(2).unwrap(), &mut |_| ()).unwrap();
     whole.train(&mut |_| (), Cancel(None)).unwrap();
     assert_eq!(compared(&whole), seen[0]);
+}
+
+/// On Hopper attention's gradient is added up by turns, unless a step need not be deterministic; and it leaves with its
+/// heads turned back.
+#[test]
+fn attention_adds_its_gradient_as_training_asks() {
+    for deterministic in [true, false] {
+        let mut config = RunConfig::preset("0.16b").unwrap();
+        config.model.num_hidden_layers = 3;
+        config.train.deterministic = deterministic;
+        let loss = Step::new(&config, Some(&Target::H200)).unwrap().loss;
+        assert!(loss.steps.iter().all(|step| step.op.name() != "rope_bwd"));
+        let ordered = loss.steps.iter().flat_map(|step| &step.launches).filter_map(|l| match l {
+            // Behind it stand whether heads turned, by which ratio, and the scale.
+            Launch::Kernel { entry, args, .. } if entry.starts_with("attention_bwd_wgmma") => {
+                args.iter().nth_back(3)
+            }
+            _ => None,
+        });
+        assert_eq!(ordered.collect::<Vec<_>>(), [&Arg::U32(deterministic.into()); 3]);
+    }
 }

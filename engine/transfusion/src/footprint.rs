@@ -21,7 +21,7 @@ impl Step {
     /// # Errors
     /// If the configuration makes no sense, or the machine lacks a kernel for an op.
     pub fn new(config: &RunConfig, target: Option<&Target>) -> Result<Step> {
-        let losses = config.train.accumulation.min(2);
+        let losses = config.train.losses().len();
         Ok(Step { loss: loss(config, target)?, losses, update: update(config, target)? })
     }
 }
@@ -177,7 +177,7 @@ fn largest(config: &RunConfig, target: Option<&Target>, budget: u64) -> Result<O
             Err(_) if best.is_some() => break,
             loss => loss?,
         };
-        let footprint = Footprint::of(&loss, train.accumulation.min(2), &update, 0);
+        let footprint = Footprint::of(&loss, train.losses().len(), &update, 0);
         let fits = footprint.total() <= budget;
         if fits || best.is_none() {
             best = Some(Alternative { train, footprint, fits });

@@ -192,6 +192,12 @@ impl TrainOptions {
         LossOptions { begins: false, ..self.loss() }
     }
 
+    /// Of all programs of the loss that a step takes.
+    pub fn losses(&self) -> Vec<LossOptions> {
+        let more = (self.accumulation > 1).then(|| self.loss_accumulating());
+        [self.loss()].into_iter().chain(more).collect()
+    }
+
     /// What the optimiser's program is built from.
     pub fn update(&self) -> UpdateOptions {
         UpdateOptions {
@@ -294,9 +300,8 @@ impl Trainer {
         // What copies weights goes before the largest plan takes its memory.
         trainer.engine.open(Program::Update(trainer.options.update()))?;
         trainer.start_masters()?;
-        trainer.engine.open(Program::Loss(capacity, trainer.options.loss()))?;
-        if trainer.options.accumulation > 1 {
-            trainer.engine.open(Program::Loss(capacity, trainer.options.loss_accumulating()))?;
+        for options in trainer.options.losses() {
+            trainer.engine.open(Program::Loss(capacity, options))?;
         }
         Ok(trainer)
     }
